@@ -6,8 +6,10 @@
 
 #include <atomic>
 #include <exception>
+#include <optional>
 
 #include "cpu/parallel.hpp"
+#include "cpu/query_relevance.hpp"
 #include "cpu/tokens.hpp"
 
 namespace script {
@@ -51,6 +53,27 @@ inline cpu::TokenView image_view(const torch::stable::Tensor& images, int64_t b)
   return view;
 }
 
+// A query (B or 1, Q, C) and its mask, by image.
+class QueryRows {
+ public:
+  QueryRows(const torch::stable::Tensor& query, const std::optional<torch::stable::Tensor>& mask)
+      : query_(query), mask_(mask) {}
+
+  cpu::Query image(int64_t b) const {
+    cpu::Query query;
+    query.vectors = image_view(query_, b);
+    if (mask_.has_value()) {
+      query.mask = mask_->const_data_ptr<bool>() + (mask_->size(0) == 1 ? 0 : b) * mask_->stride(0);
+      query.mask_stride = mask_->stride(1);
+    }
+    return query;
+  }
+
+ private:
+  const torch::stable::Tensor& query_;
+  const std::optional<torch::stable::Tensor>& mask_;
+};
+
 // A new contiguous tensor, uninitialised.
 inline torch::stable::Tensor empty_cpu(std::initializer_list<int64_t> shape, torch::headeronly::ScalarType dtype) {
   return torch::stable::empty({shape.begin(), shape.size()}, dtype, std::nullopt,
@@ -78,6 +101,17 @@ void for_each_item(int64_t batch, const Body& body) {
   torch_parallel(batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) body(b);
   });
+}
+
+// body(b, parallel) for each image: threads go to the images where there are enough of them, else into one image after the
+// other. The bits do not depend on it.
+template <class Body>
+void for_each_image(int64_t batch, const Body& body) {
+  if (2 * batch > static_cast<int64_t>(torch::stable::get_num_threads()) && batch > 1) {
+    for_each_item(batch, [&](int64_t b) { body(b, cpu::serial); });
+  } else {
+    for (int64_t b = 0; b < batch; ++b) body(b, torch_parallel);
+  }
 }
 
 }  // namespace script

@@ -9,7 +9,7 @@ from . import __version__, library
 
 
 def collect() -> dict[str, str]:
-    """Versions, libraries loaded or why not, SIMD level, CUDA architectures and devices, Triton: name -> fact, in order.
+    """Versions, libraries loaded or why not, SIMD level, CUDA architectures, GPUs, Triton: name -> fact, in order.
 
     Works without PyTorch and without the compiled libraries, and says so.
     """

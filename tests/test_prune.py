@@ -229,7 +229,7 @@ def test_adversarial_tokens(backend, dtype, name, combine):
 
 @functools.cache
 def large_clear_cut_image(n, d, keep, options):
-    """(1, n, d) and a query: each token near one of d axes, so that cosines are near 0 or 1, none near the threshold."""
+    """(1, n, d) and a query: each token near one of d axes, so that no cosine is near a threshold of 0.5."""
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         axes = torch.eye(d)[torch.randint(d, (n,), generator=generator)]

@@ -1,4 +1,4 @@
-"""The torch-free C++ cores as a program: under AddressSanitizer and UBSan, and for AArch64 (run by QEMU where there is one)."""
+"""The torch-free C++ cores as a program: under AddressSanitizer and UBSan, and on AArch64 (by QEMU where there is one)."""
 
 import os
 import pathlib
@@ -104,7 +104,7 @@ def aarch64(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_compiles_for_aarch64(aarch64: pathlib.Path) -> None:
-    assert b"\x7fELF" == aarch64.read_bytes()[:4]
+    assert aarch64.read_bytes()[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("dtype", CODES)

@@ -1,4 +1,4 @@
-"""The torch-free C++ cores as a program: under AddressSanitizer and UBSan, and on AArch64 (by QEMU where there is one)."""
+"""The torch-free C++ cores as a program: under AddressSanitizer and UBSan, and on AArch64 (by QEMU where present)."""
 
 import os
 import pathlib

@@ -138,7 +138,7 @@ def test_what_counts_as_constant(backend, spread, constant):
     turned = math.acos(0.6 - spread)
     tokens = torch.tensor([[[math.cos(a), math.sin(a)] for a in (angle, turned)]], device=backend.device)
     result = backend.query_relevance(tokens, torch.tensor([[[1.0, 0.0]]], device=backend.device))
-    assert result.tolist() == [[1.0, 1.0]] if constant else [[1.0, 0.0]]
+    assert result.tolist() == ([[1.0, 1.0]] if constant else [[1.0, 0.0]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

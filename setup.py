@@ -27,7 +27,7 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs the libraries into the package: in the source tree, or where a wheel is staged."""
+    """Configures, builds and installs the libraries into the package, in the source tree or where a wheel is staged."""
 
     def destination(self) -> Path:
         if self.inplace or self.editable_mode:

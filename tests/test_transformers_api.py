@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from tiny_vlm import EOS, IMAGE, IMAGE_FAMILIES, SIZES, VIDEO, VISION_END, VISION_START, Image, make_inputs, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
+import script_kernels
 from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inputs, script_pruning
 from script_kernels.transformers.models import encode
 from script_kernels.transformers.query import user_columns
@@ -38,7 +39,7 @@ def test_keep_ratio_is_rounded_up_and_min_tokens_is_a_floor():
 def test_per_tile_keeps_that_many_of_each_tile(family):
     model, inputs = example(family)
     pruned = prune_inputs(model, inputs, 3, per="tile")
-    (visual,), _ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
     tiles = int(visual.tile.max()) + 1
     assert tiles > 1
     assert visual.tile[pruned.keep_indices[0]].bincount().tolist() == [3] * tiles
@@ -55,7 +56,7 @@ def test_per_request_shares_one_budget():
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 def test_newline_rows(family):
     model, inputs = example(family)
-    (visual,), _ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
     dropped = prune_inputs(model, inputs, 9).keep_indices[0]
     assert len(dropped) == 9 and not visual.newline[dropped].any()
     kept = prune_inputs(model, inputs, 9, newlines="lines").keep_indices[0]
@@ -71,14 +72,12 @@ def test_newline_rows(family):
 
 
 def test_pruning_options_reach_the_op():
-    from script_kernels import reference
-
     model, inputs = example("llava")
-    (visual,), _ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
     query = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     options = dict(negate=True, gsp_drop=0.4, oversample=1.5, combine="restrict", threshold=0.1, min_degree=2)
     pruned = prune_inputs(model, inputs, 8, query=query, **options)
-    expected = reference.prune(visual.features[None], query[None], 8, dtype=torch.float64, **options)[0]
+    expected = script_kernels.prune(visual.features[None], query[None], 8, **options)[0]
     assert torch.equal(pruned.keep_indices[0], expected)
     assert not torch.equal(prune_inputs(model, inputs, 8, query=query).keep_indices[0], expected)
 

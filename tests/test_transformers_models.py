@@ -328,7 +328,7 @@ def test_any_resolution_layout_against_the_packed_features(family):
     """Tiles and newline rows, checked by value: each row must come from the tile it is said to be of."""
     for size in (Image(100, 90), Image(40, 100), Image(100, 30), Image(20, 150), Image(56, 56)):
         model, inputs = make_inputs(family, [[2, size, 3]])
-        (visual,), _ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+        (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
         newline = (visual.features == model.model.image_newline).all(1)
         assert torch.equal(newline, visual.newline) and newline.any()
         count = int(visual.tile.max()) + 1

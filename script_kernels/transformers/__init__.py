@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import time
 from collections import UserDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .flops import kv_cache_bytes, prefill_flops
-from .models import ADAPTERS, MROPE, PIXELS, Visual, check_model, encode, rebuild, token_id
+from .models import ADAPTERS, MROPE, PIXELS, Visual, check_model, clock, encode, rebuild, token_id
 from .positions import full_positions, pruned_positions
 from .query import text_query
 from .select import Budget, select
@@ -41,8 +40,8 @@ class PruneStats:
     """Cost of one call. Lists hold one entry per prompt; milliseconds are of the whole batch.
 
     visual_*: visual tokens. prompt_*: all tokens without padding. flops_*: the language model's prefill, counted from
-    the config (None for mixture-of-experts models). vision_ms: the model's own encoder and projector. prune_ms: all
-    that pruning adds: query, selection, gather, positions.
+    the config (None for mixture-of-experts models). vision_ms: the model's own encoder and projector. select_ms: query,
+    scores and selection. prune_ms: all that pruning adds: select_ms, layout, gather, positions.
     """
 
     visual_before: list[int]
@@ -52,6 +51,7 @@ class PruneStats:
     flops_before: list[int | None]
     flops_after: list[int | None]
     vision_ms: float
+    select_ms: float
     prune_ms: float
 
 
@@ -74,12 +74,6 @@ class PrunedInputs(UserDict):
         value = super().__getitem__(key)
         # Beam search repeats the features inside the object it is given; a copy lets one result serve many calls.
         return {k: copy.copy(v) for k, v in value.items()} if key == "mm_encoder_outputs" else value
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1e3
 
 
 def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -231,10 +225,10 @@ def prune_inputs(
     renumber = _renumber(model, positions)
     given, ids, mask = _check_inputs(model, inputs)
     device = next(model.parameters()).device
-    start = _clock(device)
-    visuals, outputs = encode(model, given, ids, mask)
-    encoded = _clock(device)
+    start = clock(device)
+    visuals, outputs, vision_ms = encode(model, given, ids, mask)
 
+    select_start = clock(device)
     kept: list[Tensor] = [torch.empty(0)] * len(visuals)
     scores = kept.copy()
     for prompt in range(len(ids)):
@@ -245,6 +239,7 @@ def prune_inputs(
         chosen = select([visuals[i] for i in mine], own_query, budget)
         for i, indices, score in zip(mine, *chosen, strict=True):
             kept[i], scores[i] = indices, score
+    select_ms = clock(device) - select_start
 
     columns = _kept_columns(mask, visuals, kept)
     source = given["input_ids"]
@@ -264,7 +259,7 @@ def prune_inputs(
         )
     if deltas is not None:
         model.base_model.rope_deltas = deltas
-    ms = [encoded - start, _clock(device) - encoded]
+    ms = [vision_ms, select_ms, clock(device) - start - vision_ms]
     return PrunedInputs(data, kept, scores, _stats(model, mask, visuals, kept, columns, ms))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 MROPE = ("qwen2_5_vl", "qwen3_vl")
+Encoder = Callable[[str], Any]  # runs the model's encoder of one modality
 Encoded = tuple[list["Visual"], dict[str, Any]]  # the visuals, and the encoder's output per modality
 
 
@@ -54,15 +56,8 @@ def _plain(modality: str, features: Tensor, tile: Tensor | None = None, planes: 
     )
 
 
-def _encode(model: nn.Module, modality: str, inputs: Mapping[str, Any]) -> Any:
-    """Runs the model's encoder on the inputs that its signature names, as `generate` does."""
-    encoder = getattr(model.base_model, f"get_{modality}_features")
-    names = inspect.signature(encoder).parameters
-    return encoder(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
-
-
-def _llava(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -> Encoded:
-    out = _encode(model, "image", inputs)
+def _llava(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+    out = run("image")
     return [_plain("image", features) for features in out.pooler_output], {"image": out}
 
 
@@ -120,19 +115,19 @@ def _packed_visuals(
     return visuals
 
 
-def _llava_next(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -> Encoded:
-    out = _encode(model, "image", inputs)
+def _llava_next(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+    out = run("image")
     strategy = inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
     cropped = [True] * len(out.pooler_output)
     options = {"vision_feature_select_strategy": strategy}
     return _packed_visuals(model, inputs, out.pooler_output, cropped, options), {"image": out}
 
 
-def _llava_onevision(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -> Encoded:
+def _llava_onevision(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     visuals: list[Visual] = []
     outputs: dict[str, Any] = {}
     if PIXELS["image"] in inputs:
-        out = _encode(model, "image", inputs)
+        out = run("image")
         counts = inputs.get("batch_num_images")
         # Only a prompt's single image is cut into tiles; several images get one view each.
         cropped = [True] * len(out.pooler_output) if counts is None else [n == 1 for n in counts for _ in range(n)]
@@ -140,7 +135,7 @@ def _llava_onevision(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -
         visuals += _packed_visuals(model, inputs, out.pooler_output, cropped, options)
         outputs["image"] = out
     if PIXELS["video"] in inputs:
-        out = _encode(model, "video", inputs)
+        out = run("video")
         frames = inputs[PIXELS["video"]].shape[1]
         for features in out.pooler_output:
             length = features.shape[0]
@@ -153,9 +148,9 @@ def _llava_onevision(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -
     return visuals, outputs
 
 
-def _internvl(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -> Encoded:
+def _internvl(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     """Tiles arrive without image boundaries; an image is one unbroken run of placeholders, a video frame likewise."""
-    out = _encode(model, "image", inputs)
+    out = run("image")
     tiles, per_tile, width = out.pooler_output.shape
     flat = out.pooler_output.reshape(tiles * per_tile, width)
     visuals: list[Visual] = []
@@ -172,13 +167,13 @@ def _internvl(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -> Encod
     return visuals, {"image": out}
 
 
-def _qwen(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -> Encoded:
+def _qwen(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     visuals: list[Visual] = []
     outputs: dict[str, Any] = {}
     for modality, pixels in PIXELS.items():
         if pixels not in inputs:
             continue
-        out = _encode(model, modality, inputs)
+        out = run(modality)
         layers = getattr(out, "deepstack_features", None) or []
         for i, features in enumerate(out.pooler_output):
             steps = int(inputs[f"{modality}_grid_thw"][i, 0])
@@ -188,7 +183,7 @@ def _qwen(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor) -> Encoded:
     return visuals, outputs
 
 
-Adapter = Callable[[nn.Module, Mapping[str, Any], Tensor], Encoded]
+Adapter = Callable[[nn.Module, Mapping[str, Any], Tensor, Encoder], Encoded]
 ADAPTERS: dict[str, tuple[str, Adapter, tuple[str, ...]]] = {
     "llava": ("LLaVA-1.5", _llava, ("image",)),
     "llava_next": ("LLaVA-NeXT", _llava_next, ("image",)),
@@ -217,18 +212,38 @@ def token_id(model: nn.Module, modality: str) -> int | None:
     return getattr(model.config, f"{modality}_token_id", None)
 
 
+def clock(device: torch.device) -> float:
+    """Milliseconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
+
+
 def encode(
     model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
-) -> Encoded:
+) -> tuple[list[Visual], dict[str, Any], float]:
     """Encodes all images, then all videos, and finds each one's placeholders.
 
-    ids, mask: (B, S) on the CPU.
+    ids, mask: (B, S) on the CPU. Returns the visuals, the encoder's output per modality and the milliseconds that the
+    model's own encoders took.
     """
     _, adapter, _ = ADAPTERS[check_model(model)]
-    visuals, outputs = adapter(model, inputs, ids.masked_fill(mask == 0, -1))
+    device = next(model.parameters()).device
+    spent = 0.0
+
+    def run(modality: str) -> Any:
+        nonlocal spent
+        encoder = getattr(model.base_model, f"get_{modality}_features")
+        names = inspect.signature(encoder).parameters  # what `generate` passes on as well
+        start = clock(device)
+        out = encoder(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
+        spent += clock(device) - start
+        return out
+
+    visuals, outputs = adapter(model, inputs, ids.masked_fill(mask == 0, -1), run)
     for modality in outputs:
         _place([v for v in visuals if v.modality == modality], (ids == token_id(model, modality)) & mask.bool())
-    return visuals, outputs
+    return visuals, outputs, spent
 
 
 def _place(visuals: list[Visual], placeholders: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from script_kernels.reference import prune, prune_varlen, query_relevance
+from script_kernels import prune, prune_varlen, query_relevance
 
 from .models import Visual
 

@@ -312,7 +312,9 @@ def targets(preset: Preset, rows: list[Row]) -> list[report.Target]:
         found.append(report.Target(at + "prefill FLOPs, x fewer", preset.flops, full.gflops / last.gflops))
     if preset.share:
         percent = 100 * last.prune_ms / full.llm_ms
-        found.append(report.Target(at + "pruning, % of the unpruned prefill", 100 * preset.share, percent, at_most=True))
+        found.append(
+            report.Target(at + "pruning, % of the unpruned prefill", 100 * preset.share, percent, at_most=True)
+        )
     return found
 
 
@@ -326,9 +328,11 @@ def write_csv(rows: list[Row], facts: dict[str, str], path: pathlib.Path) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", action="append", choices=tuple(PRESETS), help="default: all that run on this machine")
-    parser.add_argument("--config", type=pathlib.Path, help="folder with a supported model's config.json, not a preset")
+    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--preset", action="append", choices=tuple(PRESETS), help="default: all that run on this machine"
+    )
+    parser.add_argument("--config", type=pathlib.Path, help="folder of a supported model's config.json")
     parser.add_argument("--keep", type=int, action="append", help="with --config: tokens to keep, may be repeated")
     parser.add_argument("--device", type=torch.device, help="for --config; presets choose theirs")
     parser.add_argument("--rounds", type=int, default=7)

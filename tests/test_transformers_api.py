@@ -6,10 +6,19 @@ import inspect
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-
-from tiny_vlm import EOS, IMAGE, IMAGE_FAMILIES, SIZES, VIDEO, VISION_END, VISION_START, Image, make_inputs, make_model
+from tiny_vlm import (
+    EOS,
+    IMAGE,
+    IMAGE_FAMILIES,
+    SIZES,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Image,
+    make_inputs,
+    make_model,
+    transformers,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import script_kernels
@@ -17,7 +26,7 @@ from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inp
 from script_kernels.transformers.models import encode
 from script_kernels.transformers.query import user_columns
 
-GREEDY = dict(max_new_tokens=5, do_sample=False)
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
 def example(family: str = "llava_next"):
@@ -49,7 +58,8 @@ def test_per_request_shares_one_budget():
     model, inputs = make_inputs("qwen2_5_vl", [[2, *SIZES["qwen2_5_vl"], 4], [3, Image(4, 4), 5]])
     pruned = prune_inputs(model, inputs, 10, per="request")
     first, second, third = map(len, pruned.keep_indices)
-    assert first + second == 10 and third == 4  # the second prompt has four tokens: it stays whole
+    assert first + second == 10
+    assert third == 4
     assert pruned.stats.visual_after == [10, 4]
 
 
@@ -58,7 +68,8 @@ def test_newline_rows(family):
     model, inputs = example(family)
     (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
     dropped = prune_inputs(model, inputs, 9).keep_indices[0]
-    assert len(dropped) == 9 and not visual.newline[dropped].any()
+    assert len(dropped) == 9
+    assert not visual.newline[dropped].any()
     kept = prune_inputs(model, inputs, 9, newlines="lines").keep_indices[0]
     content = kept[~visual.newline[kept]]
     assert torch.equal(content, dropped)
@@ -75,7 +86,14 @@ def test_pruning_options_reach_the_op():
     model, inputs = example("llava")
     (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
     query = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    options = dict(negate=True, gsp_drop=0.4, oversample=1.5, combine="restrict", threshold=0.1, min_degree=2)
+    options = {
+        "negate": True,
+        "gsp_drop": 0.4,
+        "oversample": 1.5,
+        "combine": "restrict",
+        "threshold": 0.1,
+        "min_degree": 2,
+    }
     pruned = prune_inputs(model, inputs, 8, query=query, **options)
     expected = script_kernels.prune(visual.features[None], query[None], 8, **options)[0]
     assert torch.equal(pruned.keep_indices[0], expected)
@@ -91,11 +109,13 @@ def test_queries():
     words = model.get_input_embeddings()(ids[-6:])
     text = prune_inputs(model, inputs, 6, query="text")
     own = prune_inputs(model, inputs, 6, query=words.detach())
-    assert torch.equal(text.scores[0], own.scores[0]) and torch.equal(text.keep_indices[0], own.keep_indices[0])
+    assert torch.equal(text.scores[0], own.scores[0])
+    assert torch.equal(text.keep_indices[0], own.keep_indices[0])
     mean = prune_inputs(model, inputs, 6, query="text_mean")
     assert torch.equal(mean.scores[0], prune_inputs(model, inputs, 6, query=words.detach().mean(0)).scores[0])
     assert not torch.equal(mean.scores[0], text.scores[0])
-    assert float(text.scores[0].min()) == 0 and float(text.scores[0].max()) == 1
+    assert float(text.scores[0].min()) == 0
+    assert float(text.scores[0].max()) == 1
     assert (prune_inputs(model, inputs, 6, query=None).scores[0] == 1).all()
 
 
@@ -142,7 +162,25 @@ VICUNA = (
     "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<image>{% endif %} {% endfor %}"
     "{% if m['role'] != 'user' %}<|im_end|> {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT :{% endif %}"
 )
-VOCABULARY = "<unk> <|im_start|> <|im_end|> <image> user assistant system : USER ASSISTANT what colour is it ? red and".split()
+VOCABULARY = [
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<image>",
+    "user",
+    "assistant",
+    "system",
+    ":",
+    "USER",
+    "ASSISTANT",
+    "what",
+    "colour",
+    "is",
+    "it",
+    "?",
+    "red",
+    "and",
+]
 
 
 def tokenizer(template: str):
@@ -189,7 +227,7 @@ def test_user_columns_with_a_chat_template(template, image_first, turns):
 
 
 def snapshot(model) -> dict:
-    return {key: value for key, value in model.__dict__.items()} | {"rope": getattr(model.model, "rope_deltas", None)}
+    return dict(model.__dict__.items()) | {"rope": getattr(model.model, "rope_deltas", None)}
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
@@ -204,15 +242,19 @@ def test_script_pruning_generates_what_prune_inputs_does_and_leaves_no_trace(fam
         assert last.stats is None
         out = model.generate(**inputs, **GREEDY)
         logits = model(**inputs).logits
-        assert last.stats.visual_after == [7] and len(last.keep_indices[0]) == 7 and len(last.scores) == 1
+        assert last.stats.visual_after == [7]
+        assert len(last.keep_indices[0]) == 7
+        assert len(last.scores) == 1
     length = inputs["input_ids"].shape[1]
     assert torch.equal(out[:, :length], inputs["input_ids"])
     assert torch.equal(out[:, length:], expected[:, -5:])
     assert not torch.equal(out, before)  # the pruned answer differs, so that the test can tell
     assert logits.shape[1] == last.stats.prompt_after[0]
     after = snapshot(model)
-    assert after.keys() == trace.keys() and all(after[key] is trace[key] for key in trace)
-    assert model.generate.__func__ is type(model).generate and model.forward.__func__ is type(model).forward
+    assert after.keys() == trace.keys()
+    assert all(after[key] is trace[key] for key in trace)
+    assert model.generate.__func__ is type(model).generate
+    assert model.forward.__func__ is type(model).forward
     assert torch.equal(model.generate(**inputs, **GREEDY), before)
 
 
@@ -224,7 +266,8 @@ def test_script_pruning_unpatches_after_an_error_and_restores_another_patch():
     try:
         with pytest.raises(ValueError, match="keep: expected at least 1"), script_pruning(model, keep=0):
             model.generate(**inputs)
-        assert model.forward is patched and "generate" not in model.__dict__
+        assert model.forward is patched
+        assert "generate" not in model.__dict__
     finally:
         del model.forward
 
@@ -264,9 +307,11 @@ def test_script_pruning_refuses_what_it_cannot_do():
             model.generate(**inputs, past_key_values=out.past_key_values, **GREEDY)
         with pytest.raises(ValueError, match="position_ids: expected None"):
             model(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1])[None])
-    with script_pruning(model, keep=7, positions="original"):
-        with pytest.raises(ValueError, match="use_cache: expected True"):
-            model.generate(**inputs, use_cache=False, **GREEDY)
+    with (
+        script_pruning(model, keep=7, positions="original"),
+        pytest.raises(ValueError, match="use_cache: expected True"),
+    ):
+        model.generate(**inputs, use_cache=False, **GREEDY)
 
 
 def test_labels_follow_their_tokens():
@@ -282,25 +327,25 @@ def test_labels_follow_their_tokens():
 
 
 @pytest.mark.parametrize(
-    "arguments,error,message",
+    ("arguments", "error", "message"),
     [
-        (dict(), ValueError, "keep, keep_ratio: expected exactly one"),
-        (dict(keep=4, keep_ratio=0.5), ValueError, "keep, keep_ratio: expected exactly one"),
-        (dict(keep=0), ValueError, "keep: expected at least 1, got 0"),
-        (dict(keep=2.5), TypeError, "keep: expected an int, got float"),
-        (dict(keep=True), TypeError, "keep: expected an int, got bool"),
-        (dict(keep_ratio=0.0), ValueError, r"keep_ratio: expected a number in \(0, 1\]"),
-        (dict(keep_ratio=float("nan")), ValueError, "keep_ratio"),
-        (dict(keep=4, per="frame"), ValueError, "per: expected one of image, tile, request, got 'frame'"),
-        (dict(keep=4, min_tokens=0), ValueError, "min_tokens: expected an int of at least 1"),
-        (dict(keep=4, newlines="all"), ValueError, "newlines: expected 'drop' or 'lines'"),
-        (dict(keep=4, positions="new"), ValueError, "positions: expected 'original', 'renumber' or None"),
-        (dict(keep=4, query="words"), ValueError, "query: expected 'text', 'text_mean'"),
-        (dict(keep=4, query=3), TypeError, "query: expected 'text', 'text_mean'"),
-        (dict(keep=4, query=torch.zeros(3, 9)), ValueError, r"query: expected shape \(64,\), \(Q, 64\)"),
-        (dict(keep=4, query=torch.zeros(5, 3, 64)), ValueError, "query: expected shape"),
-        (dict(keep=4, temperature=1.0), TypeError, "options: expected some of negate, .* got temperature"),
-        (dict(keep=4, combine="both"), ValueError, "combine"),
+        ({}, ValueError, "keep, keep_ratio: expected exactly one"),
+        ({"keep": 4, "keep_ratio": 0.5}, ValueError, "keep, keep_ratio: expected exactly one"),
+        ({"keep": 0}, ValueError, "keep: expected at least 1, got 0"),
+        ({"keep": 2.5}, TypeError, "keep: expected an int, got float"),
+        ({"keep": True}, TypeError, "keep: expected an int, got bool"),
+        ({"keep_ratio": 0.0}, ValueError, r"keep_ratio: expected a number in \(0, 1\]"),
+        ({"keep_ratio": float("nan")}, ValueError, "keep_ratio"),
+        ({"keep": 4, "per": "frame"}, ValueError, "per: expected one of image, tile, request, got 'frame'"),
+        ({"keep": 4, "min_tokens": 0}, ValueError, "min_tokens: expected an int of at least 1"),
+        ({"keep": 4, "newlines": "all"}, ValueError, "newlines: expected 'drop' or 'lines'"),
+        ({"keep": 4, "positions": "new"}, ValueError, "positions: expected 'original', 'renumber' or None"),
+        ({"keep": 4, "query": "words"}, ValueError, "query: expected 'text', 'text_mean'"),
+        ({"keep": 4, "query": 3}, TypeError, "query: expected 'text', 'text_mean'"),
+        ({"keep": 4, "query": torch.zeros(3, 9)}, ValueError, r"query: expected shape \(64,\), \(Q, 64\)"),
+        ({"keep": 4, "query": torch.zeros(5, 3, 64)}, ValueError, "query: expected shape"),
+        ({"keep": 4, "temperature": 1.0}, TypeError, "options: expected some of negate, .* got temperature"),
+        ({"keep": 4, "combine": "both"}, ValueError, "combine"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -311,12 +356,13 @@ def test_bad_arguments(arguments, error, message):
 
 def test_bad_inputs():
     model, inputs = example("llava")
+    first = torch.where(inputs["input_ids"] == IMAGE)[1][0]
+    cut = inputs["input_ids"].index_fill(1, first, 7)
     with pytest.raises(ValueError, match="input_ids: expected 36 image placeholders, one per visual token, got 35"):
-        cut = torch.where(inputs["input_ids"] == IMAGE)[1][0]
-        prune_inputs(model, inputs | {"input_ids": inputs["input_ids"].index_fill(1, cut, 7)}, 4)
+        prune_inputs(model, inputs | {"input_ids": cut}, 4)
     with pytest.raises(ValueError, match="inputs: expected pixel_values"):
         prune_inputs(model, {key: inputs[key] for key in ("input_ids", "attention_mask")}, 4)
-    with pytest.raises(ValueError, match="pixel_values_videos: expected none, as LLaVA-1.5 takes no video"):
+    with pytest.raises(ValueError, match=r"pixel_values_videos: expected none, as LLaVA-1\.5 takes no video"):
         prune_inputs(model, inputs | {"pixel_values_videos": torch.zeros(1)}, 4)
     with pytest.raises(ValueError, match="got also inputs_embeds"):
         prune_inputs(model, inputs | {"inputs_embeds": torch.zeros(1)}, 4)
@@ -345,7 +391,9 @@ def test_other_models_are_refused_with_the_supported_names():
     )
     model = transformers.LlamaForCausalLM(config)
     for call in (lambda: prune_inputs(model, {}, 4), lambda: script_pruning(model, keep=4).__enter__()):
-        with pytest.raises(TypeError, match="LLaVA-1.5.*LLaVA-NeXT.*OneVision.*InternVL.*Qwen2.5-VL.*Qwen3-VL.*'llama'"):
+        with pytest.raises(
+            TypeError, match=r"LLaVA-1\.5.*LLaVA-NeXT.*OneVision.*InternVL.*Qwen2\.5-VL.*Qwen3-VL.*'llama'"
+        ):
             call()
     with pytest.raises(TypeError, match="got Linear"):
         prune_inputs(torch.nn.Linear(2, 2), {}, 4)
@@ -394,7 +442,8 @@ def test_stats_count_what_was_pruned():
     assert [b - a for b, a in zip(stats.prompt_before, stats.prompt_after, strict=True)] == [29, 29]
     assert stats.flops_after == [prefill_flops(model.config, n) for n in stats.prompt_after]
     assert all(b > 1.5 * a for b, a in zip(stats.flops_before, stats.flops_after, strict=True))
-    assert stats.vision_ms > 0 and stats.prune_ms > 0
+    assert stats.vision_ms > 0
+    assert stats.prune_ms > 0
 
 
 def test_outputs_need_no_grad():

@@ -9,26 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    SiglipVisionConfig,
-)
+
+transformers = pytest.importorskip("transformers")
 
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 190, 191, 192, 193
 WORDS = range(10, 180)
@@ -61,70 +45,83 @@ SIZES = {
     "qwen2_5_vl": (Image(8, 12), Image(12, 12)),
     "qwen3_vl": (Image(8, 12), Image(12, 12)),
 }
-_TEXT = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=200,
-    max_position_embeddings=4096,
-    initializer_range=0.15,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
-)
-_VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, initializer_range=0.15)
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.15,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "initializer_range": 0.15,
+}
 _ANYRES = [[56, 112], [112, 56], [112, 112], [56, 168]]
-_QWEN_IDS = dict(
-    image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END
-)
+_QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
 
 
 def _config(family: str):
-    clip = CLIPVisionConfig(**_VISION, image_size=84 if family == "llava" else 56, patch_size=14)
+    clip = transformers.CLIPVisionConfig(**_VISION, image_size=84 if family == "llava" else 56, patch_size=14)
     if family == "llava":
-        return LlavaConfig(vision_config=clip, text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE)
+        return transformers.LlavaConfig(
+            vision_config=clip, text_config=transformers.LlamaConfig(**_TEXT), image_token_index=IMAGE
+        )
     if family == "llava_next":
-        return LlavaNextConfig(
+        return transformers.LlavaNextConfig(
             vision_config=clip,
-            text_config=LlamaConfig(**_TEXT),
+            text_config=transformers.LlamaConfig(**_TEXT),
             image_token_index=IMAGE,
             image_grid_pinpoints=_ANYRES,
         )
     if family == "llava_onevision":
-        siglip = SiglipVisionConfig(**_VISION, image_size=56, patch_size=14, vision_use_head=False)
-        return LlavaOnevisionConfig(
+        siglip = transformers.SiglipVisionConfig(**_VISION, image_size=56, patch_size=14, vision_use_head=False)
+        return transformers.LlavaOnevisionConfig(
             vision_config=siglip,
-            text_config=Qwen2Config(**_TEXT),
+            text_config=transformers.Qwen2Config(**_TEXT),
             image_token_index=IMAGE,
             video_token_index=VIDEO,
             image_grid_pinpoints=_ANYRES,
             vision_aspect_ratio="anyres_max_2",  # small enough that four tiles are resized
         )
     if family == "internvl":
-        vision = InternVLVisionConfig(**_VISION, image_size=(112, 112), patch_size=(14, 14))
-        text = Qwen2Config(**_TEXT)
-        return InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, tie_word_embeddings=False)
-    text = dict(_TEXT, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]))
-    vision = dict(
-        depth=3, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, out_hidden_size=64,
-        initializer_range=0.15,
-    )  # fmt: skip
+        vision = transformers.InternVLVisionConfig(**_VISION, image_size=(112, 112), patch_size=(14, 14))
+        text = transformers.Qwen2Config(**_TEXT)
+        return transformers.InternVLConfig(
+            vision_config=vision, text_config=text, image_token_id=IMAGE, tie_word_embeddings=False
+        )
+    text = dict(_TEXT, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
+        "initializer_range": 0.15,
+    }  # fmt: skip
     if family == "qwen2_5_vl":
-        vision |= dict(window_size=32, fullatt_block_indexes=[1], tokens_per_second=2)
-        return Qwen2_5_VLConfig(vision_config=vision, text_config=text, **_QWEN_IDS)
-    vision |= dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
-    return Qwen3VLConfig(vision_config=vision, text_config=text | dict(head_dim=16), **_QWEN_IDS)
+        vision |= {"window_size": 32, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+        return transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **_QWEN_IDS)
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    return transformers.Qwen3VLConfig(vision_config=vision, text_config=text | {"head_dim": 16}, **_QWEN_IDS)
 
 
 _CLASSES = {
-    "llava": LlavaForConditionalGeneration,
-    "llava_next": LlavaNextForConditionalGeneration,
-    "llava_onevision": LlavaOnevisionForConditionalGeneration,
-    "internvl": InternVLForConditionalGeneration,
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "llava": transformers.LlavaForConditionalGeneration,
+    "llava_next": transformers.LlavaNextForConditionalGeneration,
+    "llava_onevision": transformers.LlavaOnevisionForConditionalGeneration,
+    "internvl": transformers.InternVLForConditionalGeneration,
+    "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
 }
 
 

@@ -14,16 +14,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .flops import kv_cache_bytes, prefill_flops
 from .models import ADAPTERS, MROPE, PIXELS, Visual, check_model, clock, encode, rebuild, token_id
 from .positions import full_positions, pruned_positions
 from .query import text_query
 from .select import Budget, select
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["PruneStats", "PrunedInputs", "kv_cache_bytes", "prefill_flops", "prune_inputs", "script_pruning"]
 
@@ -76,7 +79,7 @@ class PrunedInputs(UserDict):
         return {k: copy.copy(v) for k, v in value.items()} if key == "mm_encoder_outputs" else value
 
 
-def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _check_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The inputs without None values, and ids and mask on the CPU."""
     given = {key: value for key, value in inputs.items() if value is not None}
     unknown = sorted(set(given) - _KNOWN)
@@ -98,7 +101,7 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str
 
 
 def _query(
-    model: nn.Module, query: Any, tokenizer: Any, prompt: int, ids: Tensor, mask: Tensor, like: Tensor
+    model: PreTrainedModel, query: Any, tokenizer: Any, prompt: int, ids: Tensor, mask: Tensor, like: Tensor
 ) -> Tensor | None:
     """The (1, Q, D) query of one prompt, in the features' dtype and on their device."""
     if query is None:
@@ -111,7 +114,11 @@ def _query(
         vectors = text_query(model, own, visual, mean=query == "text_mean", tokenizer=tokenizer)
     elif isinstance(query, Tensor):
         batch, width = len(ids), like.shape[-1]
-        if query.ndim not in (1, 2, 3) or query.shape[-1] != width or (query.ndim == 3 and len(query) not in (1, batch)):
+        if (
+            query.ndim not in (1, 2, 3)
+            or query.shape[-1] != width
+            or (query.ndim == 3 and len(query) not in (1, batch))
+        ):
             raise ValueError(
                 f"query: expected shape ({width},), (Q, {width}) or ({batch}, Q, {width}), got {tuple(query.shape)}"
             )
@@ -121,7 +128,7 @@ def _query(
     return vectors[None].to(like.device, like.dtype)
 
 
-def _renumber(model: nn.Module, positions: str | None) -> bool:
+def _renumber(model: PreTrainedModel, positions: str | None) -> bool:
     mrope = model.config.model_type in MROPE
     if positions not in (None, "original", "renumber"):
         raise ValueError(f"positions: expected 'original', 'renumber' or None, got {positions!r}")
@@ -135,7 +142,7 @@ def _renumber(model: nn.Module, positions: str | None) -> bool:
     return renumber
 
 
-def _pad_id(model: nn.Module, ids: Tensor, mask: Tensor) -> int:
+def _pad_id(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
     padding = ids[mask == 0]
     if len(padding):
         return int(padding[0])
@@ -144,7 +151,7 @@ def _pad_id(model: nn.Module, ids: Tensor, mask: Tensor) -> int:
     named = [i[0] if isinstance(i, (list, tuple)) else i for i in named]
     placeholders = [token_id(model, modality) for modality in PIXELS]
     # Padding is masked, so that any id serves that is no placeholder.
-    return next((i for i in (*named, *range(3)) if i is not None and i not in placeholders))
+    return next(i for i in (*named, *range(3)) if i is not None and i not in placeholders)
 
 
 def _left_pad(rows: list[Tensor], value: int, like: Tensor) -> Tensor:
@@ -164,7 +171,12 @@ def _kept_columns(mask: Tensor, visuals: list[Visual], kept: list[Tensor]) -> li
 
 
 def _stats(
-    model: nn.Module, mask: Tensor, visuals: list[Visual], kept: list[Tensor], columns: list[Tensor], ms: list[float]
+    model: PreTrainedModel,
+    mask: Tensor,
+    visuals: list[Visual],
+    kept: list[Tensor],
+    columns: list[Tensor],
+    ms: list[float],
 ) -> PruneStats:
     before = [0] * len(mask)
     after = [0] * len(mask)
@@ -172,13 +184,22 @@ def _stats(
         before[visual.prompt] += len(visual.features)
         after[visual.prompt] += len(indices)
     full, short = mask.bool().sum(1).tolist(), [len(c) for c in columns]
-    flops = [[prefill_flops(model.config, n) for n in lengths] for lengths in (full, short)]
-    return PruneStats(before, after, full, short, *flops, *ms)
+    return PruneStats(
+        visual_before=before,
+        visual_after=after,
+        prompt_before=full,
+        prompt_after=short,
+        flops_before=[prefill_flops(model.config, n) for n in full],
+        flops_after=[prefill_flops(model.config, n) for n in short],
+        vision_ms=ms[0],
+        select_ms=ms[1],
+        prune_ms=ms[2],
+    )
 
 
 @torch.no_grad()
 def prune_inputs(
-    model: nn.Module,
+    model: PreTrainedModel,
     inputs: Mapping[str, Any],
     keep: int | None = None,
     *,
@@ -246,17 +267,16 @@ def prune_inputs(
     pruned_mask = _left_pad([torch.ones(len(c)) for c in columns], 0, given["attention_mask"])
     full = full_positions(model, given, given["attention_mask"])
     position_ids, deltas = pruned_positions(full, pruned_mask, columns, renumber)
+    short_ids = [row[c] for row, c in zip(ids, columns, strict=True)]
     data = {
-        "input_ids": _left_pad([row[c] for row, c in zip(ids, columns, strict=True)], _pad_id(model, ids, mask), source),
+        "input_ids": _left_pad(short_ids, _pad_id(model, ids, mask), source),
         "attention_mask": pruned_mask,
         "position_ids": position_ids,
         "mm_encoder_outputs": rebuild(outputs, visuals, kept),
     }
     if "labels" in given:
         labels = given["labels"].cpu()
-        data["labels"] = _left_pad(
-            [row[c] for row, c in zip(labels, columns, strict=True)], -100, given["labels"]
-        )
+        data["labels"] = _left_pad([row[c] for row, c in zip(labels, columns, strict=True)], -100, given["labels"])
     if deltas is not None:
         model.base_model.rope_deltas = deltas
     ms = [vision_ms, select_ms, clock(device) - start - vision_ms]
@@ -278,7 +298,7 @@ def _restore_prompt(sequences: Tensor, prompt: Tensor, pruned_length: int) -> Te
 
 
 @contextmanager
-def script_pruning(model: nn.Module, keep: int | None = None, **arguments: Any) -> Iterator[SimpleNamespace]:
+def script_pruning(model: PreTrainedModel, keep: int | None = None, **arguments: Any) -> Iterator[SimpleNamespace]:
     """Prunes visual tokens in every `model.generate(**inputs)` and `model(**inputs)` of the block.
 
     Takes the arguments of `prune_inputs`. Calls without pixels pass unchanged. `generate` returns the prompt as it was
@@ -294,7 +314,6 @@ def script_pruning(model: nn.Module, keep: int | None = None, **arguments: Any) 
         model with 1-D positions, which `generate` would take for packed sequences.
     """
     model_type = check_model(model)
-    prune = functools.partial(prune_inputs, model, keep=keep, **arguments)
     last = SimpleNamespace(stats=None, keep_indices=None, scores=None)
     saved = {name: model.__dict__[name] for name in ("generate", "forward") if name in model.__dict__}
     deltas = getattr(model.base_model, "rope_deltas", None)
@@ -305,7 +324,7 @@ def script_pruning(model: nn.Module, keep: int | None = None, **arguments: Any) 
             raise ValueError("past_key_values: expected none or an empty cache with new images, got a filled one")
         if kwargs.get("position_ids") is not None:
             raise ValueError("position_ids: expected None, as pruning computes them, got a tensor")
-        pruned = prune({key: kwargs.pop(key) for key in list(kwargs) if key in _KNOWN})
+        pruned = prune_inputs(model, {key: kwargs.pop(key) for key in list(kwargs) if key in _KNOWN}, keep, **arguments)
         last.stats, last.keep_indices, last.scores = pruned.stats, pruned.keep_indices, pruned.scores
         return pruned, kwargs
 

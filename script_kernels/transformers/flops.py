@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 
-def _shape(config: Any) -> tuple[int, int, int, int, int]:
-    text = config.get_text_config()
+def _widths(text: Any) -> tuple[int, int]:
+    """Widths of the query and of the key projection's output."""
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads * head, key_heads * head
+    return text.num_attention_heads * head, key_heads * head
 
 
 def prefill_flops(config: Any, tokens: int, *, causal: bool = True) -> int | None:
@@ -24,13 +24,15 @@ def prefill_flops(config: Any, tokens: int, *, causal: bool = True) -> int | Non
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
-    hidden, inner, layers, query, key = _shape(config)
-    linear = 2 * tokens * hidden * (2 * query + 2 * key + 3 * inner)
+    hidden = text.hidden_size
+    query, key = _widths(text)
+    linear = 2 * tokens * hidden * (2 * query + 2 * key + 3 * text.intermediate_size)
     attention = 4 * tokens * tokens * query
-    return layers * (linear + (attention // 2 if causal else attention)) + 2 * hidden * text.vocab_size
+    layer = linear + (attention // 2 if causal else attention)
+    return text.num_hidden_layers * layer + 2 * hidden * text.vocab_size
 
 
 def kv_cache_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the key-value cache that `tokens` tokens fill, all layers."""
-    _, _, layers, _, key = _shape(config)
-    return 2 * layers * key * tokens * dtype.itemsize
+    text = config.get_text_config()
+    return 2 * text.num_hidden_layers * _widths(text)[1] * tokens * dtype.itemsize

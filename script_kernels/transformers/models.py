@@ -6,17 +6,22 @@ as one `Visual` per image or video. Layouts are derived from the model's own pac
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 MROPE = ("qwen2_5_vl", "qwen3_vl")
@@ -41,7 +46,7 @@ class Visual:
     line: Tensor
     planes: list[Tensor] = field(default_factory=list)
     prompt: int = -1
-    columns: Tensor | None = None
+    columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
 
 def _plain(modality: str, features: Tensor, tile: Tensor | None = None, planes: list[Tensor] | None = None) -> Visual:
@@ -56,13 +61,13 @@ def _plain(modality: str, features: Tensor, tile: Tensor | None = None, planes: 
     )
 
 
-def _llava(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+def _llava(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     out = run("image")
     return [_plain("image", features) for features in out.pooler_output], {"image": out}
 
 
 def _packed_layout(
-    model: nn.Module, tiles: int, image_size: Any, options: dict[str, Any]
+    model: PreTrainedModel, tiles: int, image_size: list[int], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tile, newline mask and line of every row of one any-resolution image.
 
@@ -95,27 +100,42 @@ def _packed_layout(
     return tile, newline, line
 
 
+# Layouts that were worked out, per model: a few small tensors for each image size that came up.
+_layouts: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, tuple[Tensor, Tensor, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def _packed_visuals(
-    model: nn.Module, inputs: Mapping[str, Any], pooled: list[Tensor], cropped: list[bool], options: dict[str, Any]
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    pooled: list[Tensor],
+    cropped: list[bool],
+    options: dict[str, Any],
 ) -> list[Visual]:
     source = sys.modules[type(model.base_model).__module__]
     config = model.config
+    layouts = _layouts.setdefault(model, {})
+    grids = tuple(map(tuple, config.image_grid_pinpoints))
     visuals = []
-    for features, size, crop in zip(pooled, inputs["image_sizes"], cropped, strict=True):
-        tiles = 1
-        if crop:
-            tiles = source.image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        tile, newline, line = _packed_layout(model, tiles, size, options)
+    for features, tensor, crop in zip(pooled, inputs["image_sizes"], cropped, strict=True):
+        size = [int(side) for side in tensor]
+        key = (*size, crop, grids, *options.values())
+        if key not in layouts:
+            side = config.vision_config.image_size
+            tiles = source.image_size_to_num_patches(size, config.image_grid_pinpoints, side) if crop else 1
+            layouts[key] = _packed_layout(model, tiles, size, options)
+        tile, newline, line = layouts[key]
         if len(tile) != len(features):
             raise ValueError(
-                f"pixel_values: expected {len(tile)} packed tokens for an image of size {list(size)} in {tiles} tiles, "
-                f"got {len(features)}; this combination of vision tower and feature selection is not supported"
+                f"pixel_values: expected {len(tile)} packed tokens for an image of size {size}, got {len(features)}; "
+                "this combination of vision tower and feature selection is not supported"
             )
         visuals.append(Visual("image", features, tile, newline, line))
     return visuals
 
 
-def _llava_next(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+def _llava_next(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     out = run("image")
     strategy = inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
     cropped = [True] * len(out.pooler_output)
@@ -123,7 +143,7 @@ def _llava_next(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: E
     return _packed_visuals(model, inputs, out.pooler_output, cropped, options), {"image": out}
 
 
-def _llava_onevision(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+def _llava_onevision(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     visuals: list[Visual] = []
     outputs: dict[str, Any] = {}
     if PIXELS["image"] in inputs:
@@ -148,7 +168,7 @@ def _llava_onevision(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, r
     return visuals, outputs
 
 
-def _internvl(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+def _internvl(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     """Tiles arrive without image boundaries; an image is one unbroken run of placeholders, a video frame likewise."""
     out = run("image")
     tiles, per_tile, width = out.pooler_output.shape
@@ -156,8 +176,8 @@ def _internvl(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Enc
     visuals: list[Visual] = []
     start = 0
     for row in ids.tolist():
-        for placeholder, run in groupby(row, key=lambda token: token == model.config.image_token_id):
-            length = len(list(run))
+        for placeholder, group in groupby(row, key=lambda token: token == model.config.image_token_id):
+            length = len(list(group))
             if placeholder:
                 features = flat[start : start + length]
                 visuals.append(_plain("image", features, torch.arange(len(features)) // per_tile))
@@ -167,7 +187,7 @@ def _internvl(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Enc
     return visuals, {"image": out}
 
 
-def _qwen(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+def _qwen(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
     visuals: list[Visual] = []
     outputs: dict[str, Any] = {}
     for modality, pixels in PIXELS.items():
@@ -183,7 +203,7 @@ def _qwen(model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, run: Encoder
     return visuals, outputs
 
 
-Adapter = Callable[[nn.Module, Mapping[str, Any], Tensor, Encoder], Encoded]
+Adapter = Callable[["PreTrainedModel", Mapping[str, Any], Tensor, Encoder], Encoded]
 ADAPTERS: dict[str, tuple[str, Adapter, tuple[str, ...]]] = {
     "llava": ("LLaVA-1.5", _llava, ("image",)),
     "llava_next": ("LLaVA-NeXT", _llava_next, ("image",)),
@@ -194,20 +214,29 @@ ADAPTERS: dict[str, tuple[str, Adapter, tuple[str, ...]]] = {
 }
 
 
-def check_model(model: nn.Module) -> str:
+@functools.cache
+def _takes_features(forward: Any) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(forward).parameters
+
+
+def check_model(model: PreTrainedModel) -> str:
     """The model's `model_type`, or a TypeError that names the supported models."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in ADAPTERS:
         supported = ", ".join(f"{name} ({key})" for key, (name, _, _) in ADAPTERS.items())
-        raise TypeError(f"model: expected one of {supported}, got {type(model).__name__} with model_type {model_type!r}")
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        raise TypeError(
+            f"model: expected one of {supported}, got {type(model).__name__} with model_type {model_type!r}"
+        )
+    if not _takes_features(type(model).forward):
         import transformers
 
-        raise RuntimeError(f"transformers: expected version >= 5.18 (mm_encoder_outputs), got {transformers.__version__}")
+        raise RuntimeError(
+            f"transformers: expected version >= 5.18 (mm_encoder_outputs), got {transformers.__version__}"
+        )
     return model_type
 
 
-def token_id(model: nn.Module, modality: str) -> int | None:
+def token_id(model: PreTrainedModel, modality: str) -> int | None:
     """The placeholder's id, or None where the model has none for this modality."""
     return getattr(model.config, f"{modality}_token_id", None)
 
@@ -220,7 +249,7 @@ def clock(device: torch.device) -> float:
 
 
 def encode(
-    model: nn.Module, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
+    model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
 ) -> tuple[list[Visual], dict[str, Any], float]:
     """Encodes all images, then all videos, and finds each one's placeholders.
 
@@ -265,9 +294,7 @@ def rebuild(outputs: dict[str, Any], visuals: list[Visual], kept: list[Tensor]) 
     """`mm_encoder_outputs` with the kept rows only, in the container each model's forward expects."""
     pruned = {}
     for modality, output in outputs.items():
-        mine = [
-            (v, k.to(v.features.device)) for v, k in zip(visuals, kept, strict=True) if v.modality == modality
-        ]
+        mine = [(v, k.to(v.features.device)) for v, k in zip(visuals, kept, strict=True) if v.modality == modality]
         pooled: Any = [v.features[k] for v, k in mine]
         if isinstance(output.pooler_output, Tensor):
             pooled = _stack(pooled)

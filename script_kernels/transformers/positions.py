@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .models import MROPE, token_id
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def full_positions(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+
+def full_positions(model: PreTrainedModel, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
     """Positions that the unpruned prompt would get: (1, B, S) or, for mRoPE, (3, B, S); 0 on padding."""
     if model.config.model_type not in MROPE:
         return _text_positions(mask)[None]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MARK = "\ue000"  # a private-use character: in no template and no vocabulary
 
@@ -16,12 +19,12 @@ def _flat(value: Any) -> set[int]:
     return {i for i in value if isinstance(i, int)} if isinstance(value, (list, tuple)) else set()
 
 
-def _named_ids(model: nn.Module, suffixes: tuple[str, ...]) -> set[int]:
+def _named_ids(model: PreTrainedModel, suffixes: tuple[str, ...]) -> set[int]:
     """Ids that the model's configs name, such as eos_token_id or vision_start_token_id."""
     configs = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
     ids: set[int] = set()
     for config in configs:
-        for name, value in (config.to_dict() if config is not None else {}).items():
+        for name, value in vars(config).items() if config is not None else ():
             if name.endswith(suffixes):
                 ids |= _flat(value)
     return ids
@@ -47,7 +50,7 @@ def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
     return head, tail
 
 
-def user_columns(ids: list[int], visual: set[int], model: nn.Module, tokenizer: Any = None) -> list[int]:
+def user_columns(ids: list[int], visual: set[int], model: PreTrainedModel, tokenizer: Any = None) -> list[int]:
     """Positions in `ids` (one prompt, no padding) of the words of the user's turn.
 
     Without a tokenizer: the text between the last visual placeholder and the end of that turn (the first end-of-text
@@ -82,13 +85,11 @@ def user_columns(ids: list[int], visual: set[int], model: nn.Module, tokenizer: 
     return [i for i in range(start, first) if ids[i] not in special]
 
 
-def text_query(
-    model: nn.Module, ids: Tensor, visual: set[int], *, mean: bool, tokenizer: Any, name: str = "query"
-) -> Tensor:
+def text_query(model: PreTrainedModel, ids: Tensor, visual: set[int], *, mean: bool, tokenizer: Any) -> Tensor:
     """(Q, D) input embeddings of the user's words in one prompt, or their mean (1, D). ids: (S,), no padding."""
     columns = user_columns(ids.tolist(), visual, model, tokenizer)
     if not columns:
-        raise ValueError(f"{name}: expected text of the user in every prompt, got none; pass query=None or a tensor")
+        raise ValueError("query: expected text of the user in every prompt, got none; pass query=None or a tensor")
     embeddings = model.get_input_embeddings()
     words = embeddings(ids[torch.tensor(columns)].to(embeddings.weight.device))
     return words.mean(0, keepdim=True) if mean else words

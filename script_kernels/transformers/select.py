@@ -53,7 +53,8 @@ class Budget:
     def tokens(self, length: int) -> int:
         """Tokens that stay of a unit of `length`. A unit that has fewer than asked for stays whole."""
         # 1e-9 takes off rounding such as 0.1 * 30 = 3.0000000000000004.
-        asked = self.keep if self.keep is not None else math.ceil(self.keep_ratio * length - 1e-9)
+        asked = self.keep if self.keep_ratio is None else math.ceil(self.keep_ratio * length - 1e-9)
+        assert asked is not None
         return min(length, max(asked, self.min_tokens))
 
 
@@ -108,9 +109,7 @@ def _newlines(visual: Visual, kept: Tensor, rule: str) -> Tensor:
     return kept | (visual.newline & alive[visual.line])
 
 
-def select(
-    visuals: list[Visual], query: Tensor | None, budget: Budget
-) -> tuple[list[Tensor], list[Tensor]]:
+def select(visuals: list[Visual], query: Tensor | None, budget: Budget) -> tuple[list[Tensor], list[Tensor]]:
     """Kept rows (ascending int64, CPU) and scores ((L,) fp32, NaN on newline rows) of one prompt's visuals."""
     rows, lengths = _units(visuals, budget.per)
     features = torch.cat([v.features for v in visuals]) if len(visuals) > 1 else visuals[0].features

@@ -1,6 +1,7 @@
 """Loads the compiled libraries and remembers, for each that is not there, why."""
 
 import dataclasses
+import functools
 import pathlib
 
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
@@ -26,8 +27,9 @@ class Library:
         )
 
 
+@functools.cache
 def load(name: str) -> Library:
-    """Loads `name` (`_C_cpu`, `_C_cuda`), whose static initialisers register its ops with torch."""
+    """Loads `name` (`_C_cpu`, `_C_cuda`), whose static initialisers register its ops with torch; once per process."""
     import torch
 
     if name == "_C_cuda" and torch.version.cuda is None:
@@ -38,5 +40,5 @@ def load(name: str) -> Library:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:  # built for another platform, or for a later torch than this one
-        return Library(name, f"it does not load with torch {torch.__version__}: {error}")
+        return Library(name, f"it does not load with torch {torch.__version__}: {error.__cause__ or error}")
     return Library(name, "")

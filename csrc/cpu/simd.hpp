@@ -50,6 +50,9 @@ struct SimdOps {
   // 32-bit words makes them. Null where the CPU has no bf16 dot product.
   void (*gemm_bf16)(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c);
 
+  // out[c] = raw[c] * (row_weight * weight[c]) for c < columns, a multiple of kGroup; 0 up to kPanel.
+  void (*scale_products)(const float* raw, float row_weight, const float* weight, int columns, float* out);
+
   // Folds columns [0, columns) of a tile of raw products into the source's lanes; similarity = raw * source_scale * scale[c].
   void (*match)(const float* raw, float source_scale, const float* scale, int columns, int32_t first_column, float threshold,
                 MatchLanes* lanes);

@@ -295,6 +295,11 @@ void gemm_bf16(const uint16_t* const* a, int rows, const uint16_t* panel, int gr
 
 #endif
 
+void scale_products(const float* raw, float row_weight, const float* weight, int columns, float* out) {
+  for (int c = 0; c < columns; ++c) out[c] = raw[c] * (row_weight * weight[c]);
+  for (int c = columns; c < kPanel; ++c) out[c] = 0.0f;
+}
+
 // ---- bipartite matching -----------------------------------------------------------------------------------------
 
 void match(const float* raw, float source_scale, const float* scale, int columns, int32_t first_column, float threshold,
@@ -420,6 +425,7 @@ constexpr SimdOps make_ops(const char* name) {
 #else
       nullptr,
 #endif
+      scale_products,
       match,
       solve,
       step,

@@ -25,9 +25,10 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"reference"},
     "triton": {"triton", "checks", "targets"},
     "numpy": {"_core", "library"},
+    "transformers": {"", "transformers"},
 }
 # Demo, command line and integrations: users of the public API, with the oracle to compare against.
-INTEGRATION = {"", "api", "numpy", "reference!", "demo!", "_core!", "library", "targets", "triton!"}
+INTEGRATION = {"", "api", "numpy", "reference!", "demo!", "_core!", "library", "targets", "transformers!", "triton!"}
 # Third-party packages that importing these modules may load; everything else is imported where it is used.
 CORE_IMPORTS = {"torch"}
 CORE = {"__init__", "api", "ops", "checks", "library", "reference"}

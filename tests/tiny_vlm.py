@@ -74,7 +74,7 @@ _QWEN_IDS = {
 }
 
 
-def _config(family: str):
+def make_config(family: str):
     clip = transformers.CLIPVisionConfig(**_VISION, image_size=84 if family == "llava" else 56, patch_size=14)
     if family == "llava":
         return transformers.LlavaConfig(
@@ -128,7 +128,7 @@ _CLASSES = {
 @cache
 def make_model(family: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
     torch.manual_seed(7)
-    config = _config(family)
+    config = make_config(family)
     config._attn_implementation = attention
     model = _CLASSES[family](config).to(dtype).eval()
     model.generation_config.eos_token_id = None  # every answer has the length that was asked for

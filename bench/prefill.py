@@ -6,6 +6,7 @@ runs take turns (unpruned, first keep, second keep, ...), and medians of the rou
 
 import argparse
 import csv
+import functools
 import pathlib
 import statistics
 import sys
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from bench import memory, report
 from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inputs
@@ -98,7 +98,7 @@ PRESETS = {
 # --- one model and one prompt
 
 
-def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -109,7 +109,7 @@ def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Modu
         torch.set_default_dtype(default)
 
 
-def make_inputs(model: nn.Module) -> dict[str, Any]:
+def make_inputs(model: transformers.PreTrainedModel) -> dict[str, Any]:
     """One prompt with one image at the model's native any-resolution, tile or grid layout, and TEXT_TOKENS words."""
     config = model.config
     vision = config.vision_config
@@ -156,7 +156,7 @@ def clock(device: torch.device) -> float:
 
 
 @contextmanager
-def projector_time(model: nn.Module, device: torch.device) -> Iterator[list[float]]:
+def projector_time(model: transformers.PreTrainedModel, device: torch.device) -> Iterator[list[float]]:
     """Milliseconds spent in the projector (Qwen: the patch merger) during the block, appended call by call."""
     base = model.base_model
     projector = getattr(base, "multi_modal_projector", None) or base.visual.merger
@@ -185,7 +185,7 @@ class Run:
 
 
 @torch.no_grad()
-def run_once(model: nn.Module, inputs: dict[str, Any], keep: int | None, arguments: dict[str, Any]) -> Run:
+def run_once(model: transformers.PreTrainedModel, inputs: dict[str, Any], keep: int | None) -> Run:
     device = inputs["input_ids"].device
     with projector_time(model, device) as projector:
         start = clock(device)
@@ -197,7 +197,7 @@ def run_once(model: nn.Module, inputs: dict[str, Any], keep: int | None, argumen
             prefill = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_sizes")}
             prefill["mm_encoder_outputs"] = {"image": features}
         else:
-            pruned = prune_inputs(model, inputs, keep, **arguments)
+            pruned = prune_inputs(model, inputs, keep)
             vision, prune, select = pruned.stats.vision_ms, pruned.stats.prune_ms, pruned.stats.select_ms
             prefill = dict(pruned.items())
         before = clock(device)
@@ -251,13 +251,12 @@ def measure(
     visual = int((inputs["input_ids"] == config.image_token_id).sum())
     text = inputs["input_ids"].shape[1] - visual
     variants: list[int | None] = [None, *(keep for keep in keeps if keep < visual)]
-    # Without a tokenizer the query is the text after the image, which is all of this prompt's words but four.
     for keep in variants * 2:
-        run_once(model, inputs, keep, {})
+        run_once(model, inputs, keep)
     runs: dict[int | None, list[Run]] = {keep: [] for keep in variants}
     for _ in range(rounds):
         for keep in variants:
-            runs[keep].append(run_once(model, inputs, keep, {}))
+            runs[keep].append(run_once(model, inputs, keep))
     rows: list[Row] = []
     for keep in variants:
         part = {field: statistics.median(getattr(r, field) for r in runs[keep]) for field in asdict(runs[keep][0])}
@@ -277,7 +276,7 @@ def measure(
                 first_token_ms=part["total"],
                 gflops=(prefill_flops(config, prompt) or float("nan")) / 1e9,
                 kv_mib=kv_cache_bytes(config, prompt, dtype) / 2**20,
-                peak_mib=measure_peak(lambda keep=keep: run_once(model, inputs, keep, {}), device),
+                peak_mib=measure_peak(functools.partial(run_once, model, inputs, keep), device),
                 llm_speedup=full.llm_ms / (part["llm"] + part["prune"]) if full else 1.0,
                 total_speedup=full.first_token_ms / part["total"] if full else 1.0,
                 rounds=rounds,

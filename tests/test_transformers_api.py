@@ -152,9 +152,10 @@ def test_user_columns_without_a_tokenizer():
         model.generation_config.eos_token_id = None
 
 
-CHATML = (
+CHATML = (  # as Qwen's: a default system message, and an ordinary token after each end of turn
+    "<|im_start|> system : red and red <|im_end|> nl "
     "{% for m in messages %}<|im_start|> {{ m['role'] }} : {% for c in m['content'] %}"
-    "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<image>{% endif %} {% endfor %}<|im_end|> "
+    "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<image>{% endif %} {% endfor %}<|im_end|> nl "
     "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant :{% endif %}"
 )
 VICUNA = (
@@ -162,31 +163,15 @@ VICUNA = (
     "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<image>{% endif %} {% endfor %}"
     "{% if m['role'] != 'user' %}<|im_end|> {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT :{% endif %}"
 )
-VOCABULARY = [
-    "<unk>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<image>",
-    "user",
-    "assistant",
-    "system",
-    ":",
-    "USER",
-    "ASSISTANT",
-    "what",
-    "colour",
-    "is",
-    "it",
-    "?",
-    "red",
-    "and",
-]
+VOCABULARY = (
+    "<unk> <|im_start|> <|im_end|> <image> user assistant system : nl USER ASSISTANT what colour is it ? red and"
+)
 
 
 def tokenizer(template: str):
     tokenizers = pytest.importorskip("tokenizers")
     core = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: 10 + i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>")
+        tokenizers.models.WordLevel({w: 10 + i for i, w in enumerate(VOCABULARY.split())}, unk_token="<unk>")
     )
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(

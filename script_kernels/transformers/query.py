@@ -37,6 +37,13 @@ def _common_suffix(ids: list[int], tail: list[int]) -> int:
     return length
 
 
+def _after(ids: list[int], pattern: list[int], start: int, stop: int) -> int | None:
+    """Where the last occurrence of the pattern in ids[start:stop] ends, or None."""
+    length = len(pattern)
+    found = (i for i in range(stop - length, start - 1, -1) if ids[i : i + length] == pattern)
+    return next((i + length for i in found), None) if length else None
+
+
 def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids around a user's message in the chat template: what comes before it and the generation prompt after it."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": MARK}]}]
@@ -58,7 +65,7 @@ def user_columns(ids: list[int], visual: set[int], model: PreTrainedModel, token
     left out; template words such as "ASSISTANT:" have ordinary ids and stay.
 
     With a tokenizer or processor: its chat template's generation prompt and role header are cut off, its special and
-    added tokens are left out, and the last turn is taken wherever the image stands.
+    added tokens and blanks are left out, and the last turn is taken wherever the image stands.
     """
     special = visual | _named_ids(model, ("_token_id", "_token_index"))
     ends = _named_ids(model, ("eos_token_id",))
@@ -68,11 +75,10 @@ def user_columns(ids: list[int], visual: set[int], model: PreTrainedModel, token
         head, tail = _template(tokenizer)
         stop = len(ids) - _common_suffix(ids, tail)
         start = max((i + 1 for i in range(stop) if ids[i] in ends), default=0)
-        columns = [i for i in range(start, stop) if ids[i] not in special]
-        header = head[max((i + 1 for i, token in enumerate(head) if token in special), default=0) :]
-        if header and [ids[i] for i in columns[: len(header)]] == header:
-            columns = columns[len(header) :]
-        return columns
+        # The role header, with the special id that opens it where there is one: "<|im_start|>user\n", "USER: ".
+        header = head[max((i for i, token in enumerate(head) if token in special), default=0) :]
+        start = _after(ids, header, start, stop) or _after(ids, header[:-1], start, stop) or start
+        return [i for i in range(start, stop) if ids[i] not in special and words.decode([ids[i]]).strip()]
     places = [i for i, token in enumerate(ids) if token in visual]
     first, last = places[0], places[-1]
     if model.config.model_type == "internvl":  # its configs do not name the <img> and </img> around each image

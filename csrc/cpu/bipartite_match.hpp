@@ -49,8 +49,8 @@ inline void split_tokens(int64_t count, int32_t* ids) {
   for (int64_t i = 0; i < count; ++i) ids[(i % 2 == 1 ? 0 : split.first_source) + i / 2] = static_cast<int32_t>(i);
 }
 
-// The raw products of all sources of a split of n tokens with all destinations, kept for the stages after the matching. In
-// both orders: by destination panel [source][kPanel], and by source panel [destination][kPanel].
+// The raw products of all sources of a split of n tokens with all destinations, kept for the stages after the matching.
+// In both orders: by destination panel [source][kPanel], and by source panel [destination][kPanel].
 class MatchTile {
  public:
   // Above this the tile is not kept (N > 2896), and products are taken again where they are needed.
@@ -81,12 +81,13 @@ class MatchTile {
     });
   }
 
-  // The products of the token at `position` with panel `p` of the same split, or null where they are not known: a source
-  // with sources, a destination with destinations.
+  // The products of the token at `position` with panel `p` of the same split, or null where they are not known: a
+  // source with sources, a destination with destinations.
   const float* products(int64_t position, int64_t p) const {
     const int64_t first = split_.first_source;
     if ((position >= first) == (p * kPanel >= first)) return nullptr;
-    return position >= first ? entry(position - first, p) : by_source_ + ((p - first / kPanel) * columns_ + position) * kPanel;
+    return position >= first ? entry(position - first, p)
+                             : by_source_ + ((p - first / kPanel) * columns_ + position) * kPanel;
   }
 
   // The products of `token` with tokens of the other parity.
@@ -108,8 +109,8 @@ class MatchTile {
   float* by_source_;
 };
 
-// Later rounds, with the tile of the first: `survivors` (ascending) alternate again, and each side stands by the tokens'
-// parity, in whole panels, so that what the tile knows of a panel it knows of all of it.
+// Later rounds, with the tile of the first: `survivors` (ascending) alternate again, and each side stands by the
+// tokens' parity, in whole panels, so that what the tile knows of a panel it knows of all of it.
 inline Split split_by_parity(const int32_t* survivors, int64_t count, int32_t* ids) {
   Split split;
   int64_t next = 0;
@@ -131,9 +132,9 @@ inline Split split_by_parity(const int32_t* survivors, int64_t count, int32_t* i
 // Room that split_by_parity needs for `count` survivors.
 inline int64_t split_by_parity_size(int64_t count) { return count + 4 * kPanel; }
 
-// One entry of `result` per source position. `match` gets the token index of the best destination (of equals, the first in
-// the order of positions). `fill` (may be null) is given the products of a whole first split; `known` (may be null) has
-// them for a later one, made by split_by_parity.
+// One entry of `result` per source position. `match` gets the token index of the best destination (of equals, the first
+// in the order of positions). `fill` (may be null) is given the products of a whole first split; `known` (may be null)
+// has them for a later one, made by split_by_parity.
 inline void match_packed(const PackedTokens& packed, const Split& split, float threshold, const MatchResult& result,
                          MatchTile* fill, const MatchTile* known, const Parallel& parallel) {
   const int64_t sources = split.sources;
@@ -218,7 +219,8 @@ inline void match_packed(const PackedTokens& packed, const Split& split, float t
 }
 
 // One image.
-inline void bipartite_match(const TokenView& tokens, float threshold, const MatchResult& result, const Parallel& parallel) {
+inline void bipartite_match(const TokenView& tokens, float threshold, const MatchResult& result,
+                            const Parallel& parallel) {
   Scratch scratch;
   const RowTable table = scan_rows(tokens, nullptr, scratch, parallel);
   const Split split = split_of(tokens.count);

@@ -1,9 +1,10 @@
 // Exact greedy MAP of a DPP (diagonally pivoted Cholesky stopped after k pivots), by candidate pools.
 //
-// Residual variances only fall. So the residuals are kept exact for a pool of the kPanel best candidates only; while the
-// pool's best is ahead of the best candidate outside it, as that stood when the pool was chosen, it is the best of all.
-// When it no longer is, the new pivots are applied to every token at once (a matrix product instead of a pass per pivot)
-// and a new pool is chosen. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every step.
+// Residual variances only fall. So the residuals are kept exact for a pool of the kPanel best candidates only; while
+// the pool's best is ahead of the best candidate outside it, as that stood when the pool was chosen, it is the best of
+// all. When it no longer is, the new pivots are applied to every token at once (a matrix product instead of a pass per
+// pivot) and a new pool is chosen. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every
+// step.
 //
 // `Source` supplies kernel entries K by position:
 //   Source::Rows(source, pivots, m, scratch), then .panel(p, out): out[a][c] = K(pivots[a], p * kPanel + c)
@@ -32,11 +33,11 @@ inline constexpr uint8_t kNoTier = 254;    // bad tokens: no pivot, picked last
 inline constexpr uint8_t kHoleTier = 255;  // positions without a token
 
 struct GreedyProblem {
-  int64_t positions = 0;             // a multiple of kPanel
-  const float* diagonal = nullptr;   // K_ii
-  const int32_t* ids = nullptr;      // position -> token index; ties go to the lowest index
-  const float* priority = nullptr;   // order of the picks past the rank, descending, then by index
-  const uint8_t* tier = nullptr;     // 0, 1, kNoTier or kHoleTier: a tier is used up before the next one starts
+  int64_t positions = 0;            // a multiple of kPanel
+  const float* diagonal = nullptr;  // K_ii
+  const int32_t* ids = nullptr;     // position -> token index; ties go to the lowest index
+  const float* priority = nullptr;  // order of the picks past the rank, descending, then by index
+  const uint8_t* tier = nullptr;    // 0, 1, kNoTier or kHoleTier: a tier is used up before the next one starts
 };
 
 namespace detail {
@@ -115,8 +116,8 @@ struct Pivots {
 
 // Brings rows and residuals of all positions up to date with the pivots; `done` pivots were applied before.
 template <typename Source>
-void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivots& pivots, int64_t done, CholeskyRows rows,
-                  float* residual, const Parallel& parallel) {
+void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivots& pivots, int64_t done,
+                  CholeskyRows rows, float* residual, const Parallel& parallel) {
   Scratch scratch;
   const int m = pivots.count;
   float* earlier = scratch.take<float>(m * std::max<int64_t>(done, 1));
@@ -136,7 +137,8 @@ void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivo
         simd().gemm(pointers, m, rows.panel(p), kPanel / kGroup, done, explained);
         for (int i = 0; i < m * kPanel; ++i) entries[i] -= explained[i];
       }
-      simd().solve(entries, m, pivots.factor, pivots.inverse_diagonal, rows.panel(p) + done * kPanel, residual + p * kPanel);
+      simd().solve(entries, m, pivots.factor, pivots.inverse_diagonal, rows.panel(p) + done * kPanel,
+                   residual + p * kPanel);
     }
   });
 }
@@ -248,7 +250,8 @@ class Pool {
 
 }  // namespace detail
 
-// Writes k picks (no more than there are tokens) in greedy order and the residual variance of each at its pick (0 past the rank).
+// Writes k picks (no more than there are tokens) in greedy order and the residual variance of each at its pick (0 past
+// the rank).
 template <typename Source>
 void greedy_map(const Source& source, const GreedyProblem& problem, int64_t k, int64_t* indices, float* gains,
                 const Parallel& parallel) {

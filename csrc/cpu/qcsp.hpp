@@ -87,8 +87,8 @@ class TokenSource {
 // A relevance whose square is not finite makes its token bad.
 inline bool usable_relevance(float r) { return std::isfinite(r * r); }
 
-// Ranks k tokens of packed tokens. relevance, tier and the result speak of tokens, not positions: tier[token] is 0, 1 or
-// kNoTier. `tile` may be null.
+// Ranks k tokens of packed tokens. relevance, tier and the result speak of tokens, not positions: tier[token] is 0, 1
+// or kNoTier. `tile` may be null.
 inline void rank_tokens(const PackedTokens& packed, const RowTable& table, const int32_t* ids, const MatchTile* tile,
                         const float* relevance, int64_t relevance_stride, const uint8_t* tier, int64_t k,
                         int64_t* indices, float* gains, const Parallel& parallel) {
@@ -110,7 +110,8 @@ inline void rank_tokens(const PackedTokens& packed, const RowTable& table, const
     priority[p] = bad ? 0.0f : r;
     largest = std::max(largest, std::fabs(priority[p]));
   }
-  // Far from 1, relevance is rescaled by a power of two (exact), like the rows: its squares then neither vanish nor overflow.
+  // Far from 1, relevance is rescaled by a power of two (exact), like the rows: its squares then neither vanish nor
+  // overflow.
   const float scale = power_of_two_scale(largest);
   for (int64_t p = 0; p < n; ++p) {
     const float inverse_norm = packed.inverse_norm(p);
@@ -118,7 +119,8 @@ inline void rank_tokens(const PackedTokens& packed, const RowTable& table, const
     weight[p] = r * inverse_norm;
     diagonal[p] = inverse_norm == 0.0f ? 0.0f : r * r;
   }
-  greedy_map(TokenSource(packed, weight, tile), GreedyProblem{n, diagonal, ids, priority, tiers}, k, indices, gains, parallel);
+  greedy_map(TokenSource(packed, weight, tile), GreedyProblem{n, diagonal, ids, priority, tiers}, k, indices, gains,
+             parallel);
   for (int64_t t = 0; t < k && scale != 1.0f; ++t) gains[t] = gains[t] / scale / scale;
 }
 

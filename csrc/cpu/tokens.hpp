@@ -1,8 +1,8 @@
 // Token rows of any floating dtype and stride, as the kernels want them: row statistics and packed panels.
 //
 // A row is multiplied by a power of two where its largest magnitude is far from 1, which is exact and keeps squares and
-// products inside fp32: cosines do not change, and neither 1e38 nor 1e-40 breaks one. A row that holds NaN or Inf ("bad")
-// counts as a zero row.
+// products inside fp32: cosines do not change, and neither 1e38 nor 1e-40 breaks one. A row that holds NaN or Inf
+// ("bad") counts as a zero row.
 #pragma once
 
 #include <cmath>
@@ -97,8 +97,8 @@ inline RowTable scan_rows(const TokenView& tokens, const float* direction, Scrat
 
 inline constexpr int32_t kHole = -1;  // a position without a token
 
-// Rows and panels of one image, in the order of `ids` (position -> token). `positions` is a multiple of kPanel; holes fill
-// a panel up behind its tokens. bf16 tokens stay bf16 where the CPU multiplies them; everything else is fp32.
+// Rows and panels of one image, in the order of `ids` (position -> token). `positions` is a multiple of kPanel; holes
+// fill a panel up behind its tokens. bf16 tokens stay bf16 where the CPU multiplies them; everything else is fp32.
 class PackedTokens {
  public:
   PackedTokens(const TokenView& tokens, const RowTable& table, const int32_t* ids, int64_t positions, Scratch& scratch,

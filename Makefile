@@ -61,8 +61,9 @@ require-compiler:
 demo: setup
 	$(VENV)/bin/script-kernels demo $(DEMO_ARGS)
 
+# One process a core, one thread a process.
 test: lint
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

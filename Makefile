@@ -1,0 +1,87 @@
+# Every target that runs something sets up what it needs first; the second run starts at once.
+#
+#   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64")
+#   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
+#   make lint      ruff, mypy, clang-format       (make format rewrites the files)
+#   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
+#   make clean     remove what was built; make distclean also removes the virtual environment
+#
+# Needed from the system: Python 3.10 to 3.13 with its venv module and headers, a C++17 compiler, make
+# (Debian and Ubuntu: apt-get install python3-venv python3-dev g++ make). CMake and Ninja come from pip.
+
+# A virtual environment. One that already holds torch >= 2.10 keeps it: make test VENV=~/envs/mine
+VENV ?= .venv
+PYTHON ?= python3
+# What is installed where there is no torch yet. For a CPU-only build of it (a much smaller download):
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev,demo
+
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc)
+CLANG_FORMAT := $(VENV)/bin/clang-format
+PY_PATHS := script_kernels bench tests setup.py .ci/smoke.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean distclean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+setup: $(VENV)/.installed
+
+# The environment, torch (left alone if it is recent enough), then what building needs.
+$(VENV)/.ready: | require-compiler
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "script-kernels: needs Python 3.10 to 3.13, $(PY) is $$($(PY) -V)"; exit 1; }
+	$(PY) -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 22)' \
+	  || $(PIP) install --upgrade pip
+	$(PY) -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' 2>/dev/null \
+	  || $(PIP) install $(TORCH)
+	$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/torch.txt
+	$(PIP) install -c $(VENV)/torch.txt "setuptools>=77" wheel "cmake>=3.26" ninja pybind11 numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.ready $(BUILD_INPUTS)
+	$(PIP) install -c $(VENV)/torch.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	touch $@
+
+.PHONY: require-compiler
+require-compiler:
+	@command -v $${CXX:-c++} > /dev/null \
+	  || { echo "script-kernels: no C++ compiler found (Debian and Ubuntu: apt-get install g++)"; exit 1; }
+
+demo: setup
+	$(VENV)/bin/script-kernels demo $(DEMO_ARGS)
+
+test: lint
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(PY) -m ruff check $(PY_PATHS)
+	$(PY) -m ruff format --check $(PY_PATHS)
+	$(PY) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP_SOURCES)
+
+format: setup
+	$(PY) -m ruff check --fix $(PY_PATHS)
+	$(PY) -m ruff format $(PY_PATHS)
+	$(CLANG_FORMAT) -i $(CPP_SOURCES)
+
+bench: setup
+	$(PY) -m bench $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info demo.png bench/out .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f script_kernels/*.so $(VENV)/.installed
+	find . -name __pycache__ -not -path '*/.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,313 @@
+"""Input makers, the step-wise certificate, and work counts, shared by tests/ and bench/."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS = ("gaussian", "clustered", "powerlaw", "photo")
+
+ADVERSARIAL = (
+    "duplicates",
+    "identical",
+    "rank3",
+    "zero_rows",
+    "all_zero",
+    "bad_rows",
+    "all_bad",
+    "denormal",
+    "largest",
+    "wide_range",
+    "narrow_range",
+)
+
+
+# --- inputs
+
+
+def make_tokens(
+    kind: str,
+    B: int,
+    N: int,
+    D: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Tokens (B, N, D) of a kind in KINDS; the same values on every device.
+
+    gaussian: independent normal entries. clustered: N/12 centres, each token near one. powerlaw: a spectrum falling as
+    1/j in a random basis, plus a mean common to all tokens. photo: 16 x 16 patches of a photograph, each without its mean
+    colour, as D random projections.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "gaussian":
+        x = torch.randn(B, N, D, generator=generator)
+    elif kind == "clustered":
+        clusters = max(1, N // 12)
+        centre = torch.randn(B, clusters, D, generator=generator)
+        member = torch.randint(clusters, (B, N), generator=generator)
+        x = centre.gather(1, member[:, :, None].expand(-1, -1, D)) + 0.3 * torch.randn(B, N, D, generator=generator)
+    elif kind == "powerlaw":
+        scale = torch.arange(1, D + 1, dtype=torch.float32).reciprocal()
+        mixing = torch.randn(D, D, generator=generator) / math.sqrt(D)
+        x = (torch.randn(B, N, D, generator=generator) * scale) @ mixing
+        x = x + x.std() * torch.randn(D, generator=generator)
+    elif kind == "photo":
+        x = _photo_patches(B, N)
+        x = x @ (torch.randn(x.shape[2], D, generator=generator) / math.sqrt(x.shape[2]))
+    else:
+        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    return x.to(dtype).to(device)
+
+
+def _photo_patches(B: int, N: int) -> Tensor:
+    """(B, N, 768): patches of 16 x 16 pixels on a regular grid; each image of the batch is a crop of the photograph."""
+    from skimage import data
+
+    photo = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255  # (3, 512, 512)
+    side = math.ceil(math.sqrt(N))
+    size = 512 - 8 * min(B, 8)  # crops shifted by 8 pixels
+    corner = torch.linspace(0, size - 16, side).round().long()
+    patches = torch.empty(B, N, 768)
+    for b in range(B):
+        crop = photo[:, 8 * (b % 8) :, 8 * (b // 8 % 8) :]
+        windows = crop.unfold(1, 16, 1).unfold(2, 16, 1)[:, corner][:, :, corner]  # (3, side, side, 16, 16)
+        patches[b] = windows.permute(1, 2, 0, 3, 4).reshape(side * side, 768)[:N]
+    return patches - patches.mean(-1, keepdim=True) + 0.05
+
+
+def make_query(
+    B: int, Q: int, C: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Query vectors (B, Q, C) of independent normal entries."""
+    return torch.randn(B, Q, C, generator=torch.Generator().manual_seed(seed + 7919)).to(dtype).to(device)
+
+
+def make_relevance(B: int, N: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Relevance (B, N) float32, uniform in [0, 1)."""
+    return torch.rand(B, N, generator=torch.Generator().manual_seed(seed + 104729)).to(device)
+
+
+def adversarial_tokens(
+    name: str,
+    B: int,
+    N: int,
+    D: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Tokens (B, N, D) of a name in ADVERSARIAL.
+
+    duplicates: N/5 distinct rows. identical: one row N times. rank3: a three-dimensional subspace. zero_rows, bad_rows:
+    a third of the rows are zero, or hold a NaN or an Inf. denormal: whole multiples of the smallest denormal. largest:
+    up to the largest finite value. wide_range: rows scaled over the whole range of the dtype. narrow_range: a common
+    row plus differences near its rounding error.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    info = torch.finfo(dtype)
+    x = torch.randn(B, N, D, generator=generator)
+    if name == "duplicates":
+        x = x[:, torch.randint(max(1, N // 5), (N,), generator=generator)]
+    elif name == "identical":
+        x = x[:, :1].expand(B, N, D)
+    elif name == "rank3":
+        x = torch.randn(B, N, 3, generator=generator) @ torch.randn(3, D, generator=generator)
+    elif name == "zero_rows":
+        x[:, torch.rand(N, generator=generator) < 1 / 3] = 0.0
+    elif name == "all_zero":
+        x = torch.zeros(B, N, D)
+    elif name in ("bad_rows", "all_bad"):
+        bad = torch.rand(B, N, generator=generator) < (1 / 3 if name == "bad_rows" else 2)
+        value = torch.tensor([math.nan, math.inf, -math.inf])[torch.randint(3, (B, N), generator=generator)]
+        place = torch.randint(D, (B, N, 1), generator=generator)
+        x = torch.where(bad[:, :, None] & (torch.arange(D) == place), value[:, :, None], x)
+    elif name == "denormal":
+        x = torch.randint(-9, 10, (B, N, D), generator=generator).double() * (info.smallest_normal * info.eps)
+    elif name == "largest":
+        x = (2 * torch.rand(B, N, D, generator=generator).double() - 1) * info.max
+    elif name == "wide_range":
+        low, high = math.log2(info.smallest_normal), math.log2(info.max) - 4
+        power = low + (high - low) * torch.rand(B, N, 1, generator=generator).double()
+        x = x.clamp(-4, 4).double() * 2.0**power
+    elif name == "narrow_range":
+        x = x[:, :1] * (1 + 2 * info.eps * torch.randint(-1, 2, (B, N, D), generator=generator))
+    else:
+        raise ValueError(f"name: expected one of {ADVERSARIAL}, got {name!r}")
+    return x.to(dtype).contiguous().to(device)
+
+
+# --- the certificate of an exact greedy
+
+
+def kernel64(tokens: Tensor, relevance: Tensor | None = None) -> Tensor:
+    """The float64 kernel L = diag(r) S diag(r) (B, N, N), on the CPU, of exactly the given tokens and relevance.
+
+    Zero rows, rows holding NaN or Inf, and tokens whose relevance has no finite float32 square get zero rows and
+    columns.
+    """
+    x = tokens.detach().cpu().double()
+    x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, 0.0)
+    norm = x.square().sum(-1, keepdim=True).sqrt()
+    x = x / norm.masked_fill(norm == 0, 1.0)
+    if relevance is not None:
+        r = relevance.detach().cpu()
+        x = x * r.double().masked_fill(~torch.isfinite(r.square()), 0.0)[..., None]
+    return x @ x.mT
+
+
+def kernel64_of(kernel: Tensor) -> Tensor:
+    """A given float32 kernel (B, N, N) in float64, on the CPU, with non-finite entries handled as ``dpp_map`` does."""
+    k = kernel.detach().cpu().double()
+    bad = ~torch.isfinite(k.diagonal(dim1=1, dim2=2))
+    return torch.where(torch.isfinite(k) & ~bad[:, :, None] & ~bad[:, None, :], k, 0.0)
+
+
+def certify(kernel64: Tensor, indices: Tensor, *, tol: float = 1e-5) -> Tensor:
+    """Checks a selection (B, k) or (k,) against the exact greedy on kernel64 (B, N, N) or (N, N), step by step.
+
+    Walks the sequence with a float64 Cholesky. At every step the pick must be in range, unselected, and of a residual
+    variance of at least the largest one of all unselected tokens, less tol * max_i K_ii. Returns the exact residuals of
+    the picks, like ``indices`` in shape. Raises AssertionError with the first step that fails.
+    """
+    if kernel64.dim() == 2:
+        return certify(kernel64[None], indices[None], tol=tol)[0]
+    assert kernel64.dtype == torch.float64, f"certify needs a float64 kernel, got {kernel64.dtype}"
+    assert indices.dtype == torch.int64, f"indices: expected int64, got {indices.dtype}"
+    assert indices.shape[0] == kernel64.shape[0], f"{indices.shape[0]} sequences for {kernel64.shape[0]} kernels"
+    gains = [
+        _certify_image(K.numpy(), i.numpy(), tol, b)
+        for b, (K, i) in enumerate(zip(kernel64, indices.cpu(), strict=True))
+    ]
+    return (
+        torch.stack([torch.from_numpy(g) for g in gains]) if gains else torch.empty(indices.shape, dtype=torch.float64)
+    )
+
+
+def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -> np.ndarray:
+    N, k = K.shape[0], len(indices)
+    residual = np.diag(K).copy()
+    free = np.ones(N, dtype=bool)
+    factor = np.zeros((k, N))
+    gains = np.zeros(k)
+    scale = residual.max(initial=0.0)
+    for t, pick in enumerate(indices):
+        where = f"image {image}, step {t}"
+        assert 0 <= pick < N, f"{where}: index {pick} is not in [0, {N})"
+        assert free[pick], f"{where}: token {pick} was already selected"
+        best = int(np.argmax(np.where(free, residual, -np.inf)))
+        assert residual[pick] >= residual[best] - tol * scale, (
+            f"{where}: picked token {pick} of residual {residual[pick]:.9g}, but token {best} has {residual[best]:.9g} "
+            f"(largest K_ii {scale:.9g})"
+        )
+        gains[t] = max(residual[pick], 0.0)
+        free[pick] = False
+        # A pivot below this is float64 rounding error; the step above has then passed by the tolerance alone, as will
+        # all later ones.
+        if residual[pick] > 1e-10 * scale:
+            factor[t] = (K[pick] - factor[:t, pick] @ factor[:t]) / math.sqrt(residual[pick])
+            residual -= factor[t] ** 2
+    return gains
+
+
+def certify_fallback(indices: Tensor, gains: Tensor, order: Tensor, bad: Tensor) -> None:
+    """Checks the picks past the rank, which are those from the first gain of 0 on.
+
+    indices, gains (B, k); order (B, N): what they go by, largest first (relevance, or L_ii for ``dpp_map``); bad (B, N)
+    bool: go last. They must be the first of the unselected tokens in that order, lower index first between equals.
+    Raises AssertionError.
+    """
+    for b in range(indices.shape[0]):
+        zero = (gains[b] == 0).cpu()
+        rank = int(zero.int().argmax()) if zero.any() else len(zero)
+        assert zero[rank:].all(), f"image {b}: a gain past the rank (step {rank}) is not 0: {gains[b, rank:].tolist()}"
+        taken = set(indices[b, :rank].tolist())
+        key = order[b].masked_fill(bad[b], -math.inf).tolist()
+        rest = sorted((i for i in range(len(key)) if i not in taken), key=lambda i: (bool(bad[b, i]), -key[i], i))
+        expected, got = rest[: len(zero) - rank], indices[b, rank:].tolist()
+        assert got == expected, f"image {b}: past the rank (step {rank}) expected {expected}, got {got}"
+
+
+# --- work counts
+
+
+class Work(NamedTuple):
+    """The least work of an op: floating-point operations (a multiply-add is two) and bytes moved to or from memory."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def query_relevance_work(B: int, N: int, C: int, Q: int, itemsize: int) -> Work:
+    """Cosines of N tokens with Q vectors, and the norms of both."""
+    return Work(2 * B * N * Q * C + 2 * B * (N + Q) * C, B * (N + Q) * C * itemsize + 4 * B * N)
+
+
+def bipartite_match_work(B: int, N: int, D: int, itemsize: int) -> Work:
+    """The source x destination quarter of S, and the norms."""
+    sources, destinations = (N + 1) // 2, N // 2
+    return Work(2 * B * sources * destinations * D + 2 * B * N * D, B * N * D * itemsize + 20 * B * sources)
+
+
+def gsp_work(B: int, N: int, D: int, keep: int, rounds: int, itemsize: int) -> Work:
+    """One bipartite match per round, each on what the rounds before it left."""
+    work = Work(0, 5 * B * N)  # mask and redundancy
+    left = N
+    for done in range(rounds):
+        work += bipartite_match_work(B, left, D, itemsize)
+        quota = math.ceil((left - keep) / (rounds - done))
+        if quota == 0:
+            break
+        left -= quota
+    return work
+
+
+def kernel_work(B: int, N: int, D: int, itemsize: int) -> Work:
+    """Building all of L, which is symmetric: one triangle of products, N^2 float32 written."""
+    return Work(B * N * (N + 1) * D + 2 * B * N * D, B * N * D * itemsize + 4 * B * N * N)
+
+
+def dpp_map_work(B: int, N: int, k: int) -> Work:
+    """The greedy loop on a ready kernel: step t is a product of (t) with (t, N), an update and an argmax over N.
+
+    Bytes are the diagonal and k rows of L; the factor is counted as staying in cache.
+    """
+    return Work(B * (N * k * (k - 1) + 4 * N * k), 4 * B * N * (k + 1) + 12 * B * k)
+
+
+def qcsp_work(B: int, N: int, D: int, k: int, itemsize: int) -> Work:
+    """The greedy loop plus the k rows of L that it reads, made from the tokens: no N x N matrix is needed."""
+    rows = Work(2 * B * k * N * D + 2 * B * N * D, B * N * D * itemsize + 4 * B * N)
+    return Work(rows.flops + dpp_map_work(B, N, k).flops, rows.bytes + 12 * B * k)
+
+
+def mask_intersect_work(B: int, N: int, P: int, k: int) -> Work:
+    """No arithmetic: ranking and mask read, k indices written."""
+    return Work(0, B * (8 * P + N + 8 * k))
+
+
+def prune_work(
+    B: int,
+    N: int,
+    D: int,
+    keep: int,
+    itemsize: int,
+    *,
+    Q: int = 0,
+    gsp_drop: float = 0.25,
+    oversample: float = 2.0,
+    rounds: int = 1,
+) -> Work:
+    """The sum of its stages in the "intersect" mode; Q = 0 stands for no query."""
+    pool = min(N, math.ceil(oversample * keep))
+    work = gsp_work(B, N, D, N - math.floor(gsp_drop * N), rounds, itemsize)
+    work += qcsp_work(B, N, D, pool, itemsize) + mask_intersect_work(B, N, pool, keep)
+    return work + query_relevance_work(B, N, D, Q, itemsize) if Q else work

@@ -40,8 +40,8 @@ def make_tokens(
     """Tokens (B, N, D) of a kind in KINDS; the same values on every device.
 
     gaussian: independent normal entries. clustered: N/12 centres, each token near one. powerlaw: a spectrum falling as
-    1/j in a random basis, plus a mean common to all tokens. photo: 16 x 16 patches of a photograph, each without its mean
-    colour, as D random projections.
+    1/j in a random basis, plus a mean common to all tokens. photo: 16 x 16 patches of a photograph, as D random
+    projections.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "gaussian":
@@ -65,7 +65,10 @@ def make_tokens(
 
 
 def _photo_patches(B: int, N: int) -> Tensor:
-    """(B, N, 768): patches of 16 x 16 pixels on a regular grid; each image of the batch is a crop of the photograph."""
+    """(B, N, 768): patches of 16 x 16 pixels on a regular grid; each image of the batch is a crop of the photograph.
+
+    Every patch's mean intensity is replaced by one small value, so that flat patches are alike but not zero.
+    """
     from skimage import data
 
     photo = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255  # (3, 512, 512)
@@ -142,6 +145,44 @@ def adversarial_tokens(
     return x.to(dtype).contiguous().to(device)
 
 
+LAYOUTS = ("contiguous", "transposed", "inner_strided", "sliced", "offset")
+
+
+def as_layout(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout, with NaN (-1 for integers, True for bool) in the memory around them.
+
+    transposed: the first two dimensions swapped in memory. inner_strided: the last two swapped, so the inner stride is
+    not 1. sliced: every other row and entry of a larger tensor. offset: starting one element into its storage.
+    """
+    filler = math.nan if x.is_floating_point() else True if x.dtype == torch.bool else -1
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "transposed":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "inner_strided":
+        return x.mT.contiguous().mT
+    if layout == "sliced":
+        around = x.new_full([2 * n + 3 for n in x.shape], filler)
+        view = around[tuple(slice(1, 2 * n + 1, 2) for n in x.shape)]
+        return view.copy_(x)
+    if layout == "offset":
+        return x.new_full((x.numel() + 2,), filler)[1:-1].view(x.shape).copy_(x)
+    raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+
+
+def gap_threshold(tokens: Tensor, target: float = 0.2, *, clearance: float = 1e-6) -> float:
+    """A threshold near ``target`` from which every cosine between two tokens of an image is further than ``clearance``.
+
+    It lies in the middle of the widest gap between the float64 cosines in [target - 0.05, target + 0.05].
+    """
+    cosines = kernel64(tokens).flatten()
+    near = cosines[(cosines - target).abs() <= 0.05].sort().values
+    near = torch.cat([near.new_tensor([target - 0.05]), near, near.new_tensor([target + 0.05])])
+    widest = int(near.diff().argmax())
+    assert near[widest + 1] - near[widest] > 2 * clearance, "no gap that wide: use fewer tokens or another seed"
+    return float(near[widest] + near[widest + 1]) / 2
+
+
 # --- the certificate of an exact greedy
 
 
@@ -213,6 +254,23 @@ def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -
             factor[t] = (K[pick] - factor[:t, pick] @ factor[:t]) / math.sqrt(residual[pick])
             residual -= factor[t] ** 2
     return gains
+
+
+def greedy_margin(kernel64: Tensor, k: int) -> float:
+    """The smallest lead of a pick over the runner-up in k exact greedy steps on (N, N), as a share of max K_ii.
+
+    Where it is well above the certificate's tolerance there is only one valid sequence, and implementations must agree.
+    """
+    K = kernel64.numpy().copy()
+    scale, margin = K.diagonal().max(), math.inf
+    free = np.ones(len(K), dtype=bool)
+    for _ in range(min(k, len(K) - 1)):
+        residual = np.where(free, K.diagonal(), -np.inf)
+        second, first = np.argsort(residual)[-2:]
+        margin = min(margin, (residual[first] - residual[second]) / scale)
+        K -= np.outer(K[:, first], K[first]) / K[first, first]
+        free[first] = False
+    return float(margin)
 
 
 def certify_fallback(indices: Tensor, gains: Tensor, order: Tensor, bad: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks of the ops: see bench/README.md."""

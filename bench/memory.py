@@ -1,0 +1,67 @@
+"""Peak memory of one call in a process of its own: python -m bench.memory OP VARIANT TOKENS KEEP WIDTH, in bytes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+import script_kernels
+from bench import baselines
+
+
+def status(name: str) -> int:
+    """A memory field of this process, in bytes. Linux."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def call(op: str, variant: str, tokens: torch.Tensor, keep: int) -> None:
+    batch, count, width = tokens.shape
+    relevance = torch.ones(batch, count)
+    query = torch.ones(1, 1, width)
+    survivors = count - count // 4
+    if variant == "ours":
+        arguments = {"qcsp": (tokens, relevance, keep), "gsp": (tokens, survivors), "prune": (tokens, query, keep)}[op]
+        getattr(script_kernels, op)(*arguments)
+    elif op == "qcsp":
+        baselines.qcsp(tokens, relevance, keep)
+    elif op == "gsp":
+        baselines.gsp(tokens, survivors)
+    else:
+        baselines.prune(tokens, query, keep, min(count, 2 * keep), survivors)
+
+
+def measure_here(op: str, variant: str, count: int, keep: int, width: int) -> int:
+    """The most that the process held during the call, above what it held before.
+
+    VmHWM and not getrusage: on Linux ru_maxrss begins at the parent's peak. If an earlier moment of this process was
+    higher, that one counts, so the result is never too small; the tokens are made in place to keep that moment low.
+    """
+    torch.set_num_threads(1)
+    call(op, variant, torch.empty(1, 64, width).normal_(), 4)  # loads what the first call loads
+    tokens = torch.empty(1, count, width).normal_(generator=torch.Generator().manual_seed(0))
+    before = status("VmRSS")
+    call(op, variant, tokens, keep)
+    return status("VmHWM") - before
+
+
+def measure(op: str, variant: str, count: int, keep: int, width: int) -> int:
+    """measure_here in a fresh process with one thread."""
+    arguments = [op, variant, str(count), str(keep), str(width)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+if __name__ == "__main__":
+    print(measure_here(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])))

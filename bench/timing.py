@@ -1,0 +1,116 @@
+"""Interleaved timing, and the machine's peaks by which a time is judged."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+Variant = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median and the 20th and 80th percentiles over `rounds` rounds."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """Reached in this run: flop/s of a large matrix product per dtype, byte/s of a copy (read + write)."""
+
+    flops: dict[torch.dtype, float]
+    bandwidth: float
+
+    def floor(self, flops: float, traffic: float, dtype: torch.dtype) -> tuple[float, float]:
+        """(seconds for the flops, seconds for the bytes), each on its own: the larger one bounds the op."""
+        return flops / self.flops[dtype], traffic / self.bandwidth
+
+
+def quantiles(samples: list[float]) -> Timing:
+    """Order statistics without interpolation, so that each figure is one that was measured."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+
+    def pick(share: float) -> float:
+        return ordered[round(share * last)]
+
+    return Timing(pick(0.5), pick(0.2), pick(0.8), len(ordered))
+
+
+class Clock:
+    """Times `calls` calls in a row; on CUDA by events, with the L2 cache overwritten before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush = torch.empty(64 << 20, dtype=torch.int32, device=device) if device.type == "cuda" else None
+
+    def __call__(self, variant: Variant, calls: int) -> float:
+        if self.flush is None:
+            start = time.perf_counter()
+            for _ in range(calls):
+                variant()
+            return (time.perf_counter() - start) / calls
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        total = 0.0
+        for _ in range(calls):
+            self.flush.zero_()
+            begin.record()
+            variant()
+            end.record()
+            end.synchronize()
+            total += begin.elapsed_time(end) * 1e-3
+        return total / calls
+
+
+def interleave(
+    variants: dict[str, Variant],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    max_rounds: int = 60,
+    min_rounds: int = 3,
+) -> dict[str, Timing]:
+    """Time the variants in turn (a, b, ..., a, b, ...), so that a drift of the machine meets all of them alike.
+
+    Each variant runs twice unmeasured first. A short variant is repeated within its turn until the turn takes about
+    2 ms. The number of rounds is what fits in `seconds` per variant on average, within [min_rounds, max_rounds].
+    """
+    clock = Clock(device)
+    calls: dict[str, int] = {}
+    once = 0.0
+    for name, variant in variants.items():
+        clock(variant, 1)
+        estimate = clock(variant, 1)
+        calls[name] = max(1, min(1000, int(2e-3 / max(estimate, 1e-9))))
+        once += estimate * calls[name]
+    rounds = int(max(min_rounds, min(max_rounds, seconds * len(variants) / once)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for turn in range(rounds):
+        # A new starting variant each round: nobody always runs after the same neighbour's cache.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            samples[name].append(clock(variants[name], calls[name]))
+    return {name: quantiles(times) for name, times in samples.items()}
+
+
+def measure_peaks(device: torch.device, *, size: int = 2048, copy_bytes: int = 256 << 20) -> Peaks:
+    """The best of several torch.mm (per dtype) and of several copies: the floors of this run stand on these."""
+    clock = Clock(device)
+    flops = {}
+    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
+    for dtype in dtypes:
+        left = torch.randn(size, size, device=device).to(dtype)
+        right = torch.randn(size, size, device=device).to(dtype)
+        out = torch.empty(size, size, device=device, dtype=dtype)
+        best = min(clock(lambda: torch.mm(left, right, out=out), 1) for _ in range(6))  # noqa: B023
+        flops[dtype] = 2.0 * size**3 / best
+    flops.setdefault(torch.float16, flops[torch.float32])  # the CPU widens fp16
+    source = torch.zeros(copy_bytes // 4, device=device)
+    target = torch.ones_like(source)
+    best = min(clock(lambda: target.copy_(source), 1) for _ in range(6))
+    return Peaks(flops, 2.0 * source.nbytes / best)

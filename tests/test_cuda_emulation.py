@@ -98,9 +98,7 @@ class Builds:
                 copy.write_text(text)
             source_path = root / source_path.relative_to(HERE.parent)
         define = [] if window is None else [f"-DSCRIPT_MASK_WINDOW_WORDS={window}"]
-        compile_cpp(
-            *flags, *define, "-I", EMULATION, source_path, engine, "-o", program
-        )
+        compile_cpp(*flags, *define, "-I", EMULATION, source_path, engine, "-o", program)
         return str(program)
 
 
@@ -112,9 +110,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
 # The emulation itself
 
 
-def run_primitive(
-    program: str, name: str, order: int, seed: int = 3
-) -> subprocess.CompletedProcess[str]:
+def run_primitive(program: str, name: str, order: int, seed: int = 3) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [program, name, str(order), str(seed)],
         check=False,
@@ -124,9 +120,7 @@ def run_primitive(
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_emulated_primitives_do_what_cuda_specifies(
-    builds: Builds, sanitizer: str
-) -> None:
+def test_emulated_primitives_do_what_cuda_specifies(builds: Builds, sanitizer: str) -> None:
     program = builds.program("primitives", sanitizer)
     for name in (
         "shuffles",
@@ -157,9 +151,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_misused_primitive_is_reported_in_every_order(
-    builds: Builds, fault: str
-) -> None:
+def test_a_misused_primitive_is_reported_in_every_order(builds: Builds, fault: str) -> None:
     program = builds.program("primitives", "plain")
     for order in ORDERS:
         done = run_primitive(program, fault, order)
@@ -167,22 +159,13 @@ def test_a_misused_primitive_is_reported_in_every_order(
 
 
 @pytest.mark.parametrize("fault", ["missing_barrier", "missing_syncwarp"])
-def test_a_missing_barrier_is_caught_even_where_the_result_is_right(
-    builds: Builds, fault: str
-) -> None:
-    plain = [
-        run_primitive(builds.program("primitives", "plain"), fault, SHUFFLED, seed)
-        for seed in range(40)
-    ]
+def test_a_missing_barrier_is_caught_even_where_the_result_is_right(builds: Builds, fault: str) -> None:
+    plain = [run_primitive(builds.program("primitives", "plain"), fault, SHUFFLED, seed) for seed in range(40)]
     wrong = [seed for seed, done in enumerate(plain) if done.returncode != 0]
     assert wrong, "no shuffled order gave the missing barrier away"
     for seed in range(3):
-        done = run_primitive(
-            builds.program("primitives", "tsan"), fault, SHUFFLED, seed
-        )
-        assert done.returncode != 0, (
-            "neither the result nor ThreadSanitizer gave the missing barrier away"
-        )
+        done = run_primitive(builds.program("primitives", "tsan"), fault, SHUFFLED, seed)
+        assert done.returncode != 0, "neither the result nor ThreadSanitizer gave the missing barrier away"
 
 
 def test_a_hidden_race_is_a_race_to_thread_sanitizer(builds: Builds) -> None:
@@ -213,9 +196,7 @@ class Case:
 
     def encode(self) -> bytes:
         batch, length = self.ranking.shape
-        strides = [
-            s // a.itemsize for a in (self.ranking, self.mask) for s in a.strides
-        ]
+        strides = [s // a.itemsize for a in (self.ranking, self.mask) for s in a.strides]
         header = [
             self.order,
             self.seed,
@@ -227,20 +208,14 @@ class Case:
         ]
         parts = [np.array(header, np.int64).tobytes()]
         for view in (self.ranking, self.mask):
-            last = sum(
-                (n - 1) * s // view.itemsize
-                for n, s in zip(view.shape, view.strides, strict=True)
-            )
+            last = sum((n - 1) * s // view.itemsize for n, s in zip(view.shape, view.strides, strict=True))
             count = last + 1 if view.size else 0
             storage = np.lib.stride_tricks.as_strided(view, (count,), (view.itemsize,))
             parts += [np.array([count], np.int64).tobytes(), storage.tobytes()]
         return b"".join(parts)
 
     def expected(self) -> np.ndarray:
-        rows = [
-            model(r, m, self.keep)
-            for r, m in zip(self.ranking.tolist(), self.mask.tolist(), strict=True)
-        ]
+        rows = [model(r, m, self.keep) for r, m in zip(self.ranking.tolist(), self.mask.tolist(), strict=True)]
         return np.array(rows, np.int64).reshape(len(rows), self.keep)
 
 
@@ -288,9 +263,7 @@ def make_case(
     density: float,
     **kw,
 ) -> Case:
-    ranking = np.stack([rng.permutation(tokens)[:length] for _ in range(batch)]).astype(
-        np.int64
-    )
+    ranking = np.stack([rng.permutation(tokens)[:length] for _ in range(batch)]).astype(np.int64)
     return Case(ranking, rng.random((batch, tokens)) < density, keep, **kw)
 
 
@@ -339,9 +312,7 @@ def broken_cases() -> list[Case]:
         (577, 577, 288),
     ):
         for order in ORDERS:
-            case = make_case(
-                rng, tokens, length, keep, batch=3, density=0.5, order=order
-            )
+            case = make_case(rng, tokens, length, keep, batch=3, density=0.5, order=order)
             outside = rng.random(case.ranking.shape) < 0.4
             case.ranking[outside] = rng.choice(np.append(wild, tokens), outside.sum())
             case.ranking[1] = rng.integers(0, max(1, tokens // 8), length)
@@ -357,31 +328,22 @@ def strided_cases() -> list[Case]:
     wide_ranking[::2, 3:180:3][:, :59] = case.ranking[:, :59]
     every_third = Case(wide_ranking[::2, 3:180:3][:, :59], case.mask, 20)
     transposed = Case(case.ranking.T.copy().T, case.mask.T.copy().T, 20)
-    shared_mask = Case(
-        case.ranking, np.broadcast_to(case.mask[:1], case.mask.shape), 20
-    )
+    shared_mask = Case(case.ranking, np.broadcast_to(case.mask[:1], case.mask.shape), 20)
     empty = Case(case.ranking[:0], case.mask[:0], 20)
     return [every_third, transposed, shared_mask, empty]
 
 
 @pytest.mark.parametrize("window", [None, SMALL_WINDOW])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_mask_intersect_matches_the_model(
-    builds: Builds, sanitizer: str, window: int | None
-) -> None:
+def test_mask_intersect_matches_the_model(builds: Builds, sanitizer: str, window: int | None) -> None:
     program = builds.program("mask_intersect", sanitizer, window=window)
     cases = valid_cases() + broken_cases() + strided_cases()
-    execute(
-        program, cases[::3] if sanitizer == "tsan" else cases
-    )  # ThreadSanitizer takes seconds per thousand threads
+    execute(program, cases[::3] if sanitizer == "tsan" else cases)  # ThreadSanitizer takes seconds per thousand threads
 
 
 def test_tokens_beyond_one_window_of_the_released_size(builds: Builds) -> None:
     rng = np.random.default_rng(3)
-    cases = [
-        make_case(rng, 150_001, 1500, 700, batch=1, density=d, order=SHUFFLED)
-        for d in (0.3, 0.8)
-    ]
+    cases = [make_case(rng, 150_001, 1500, 700, batch=1, density=d, order=SHUFFLED) for d in (0.3, 0.8)]
     cases[0].ranking[0, ::2] = -1
     execute(builds.program("mask_intersect", "plain"), cases)
 
@@ -399,10 +361,7 @@ BARRIERS = KERNEL.read_text().count("__syncthreads();")
 
 def without_barrier(number: int) -> str:
     parts = KERNEL.read_text().split("__syncthreads();")
-    return (
-        "__syncthreads();".join(parts[: number + 1])
-        + "__syncthreads();".join(["", *parts[number + 1 :]])[16:]
-    )
+    return "__syncthreads();".join(parts[: number + 1]) + "__syncthreads();".join(["", *parts[number + 1 :]])[16:]
 
 
 def planted(old: str, new: str) -> str:
@@ -412,20 +371,13 @@ def planted(old: str, new: str) -> str:
 
 
 def caught_by(builds: Builds, sanitizer: str, kernel: str) -> str:
-    program = builds.program(
-        "mask_intersect", sanitizer, window=SMALL_WINDOW, kernel=kernel
-    )
+    program = builds.program("mask_intersect", sanitizer, window=SMALL_WINDOW, kernel=kernel)
     rng = np.random.default_rng(5)
     # More ranking entries than threads, fewer members than wanted: every scan and every window is run more than once.
-    cases = [
-        make_case(rng, 1100, 1060, 300, batch=1, density=0.2, order=order)
-        for order in ORDERS
-    ]
+    cases = [make_case(rng, 1100, 1060, 300, batch=1, density=0.2, order=order) for order in ORDERS]
     stdin = b"".join(case.encode() for case in cases)
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    done = subprocess.run(
-        [program], input=stdin, env=environment, check=False, capture_output=True
-    )
+    done = subprocess.run([program], input=stdin, env=environment, check=False, capture_output=True)
     return done.stderr.decode() if done.returncode else ""
 
 
@@ -442,12 +394,8 @@ def test_one_buffer_of_warp_totals_would_be_a_race(builds: Builds) -> None:
 
 
 def test_an_unchecked_index_would_be_caught(builds: Builds) -> None:
-    kernel = planted(
-        "if (token < 0 || token >= args.tokens) return Entry::kInvalid;", ""
-    )
+    kernel = planted("if (token < 0 || token >= args.tokens) return Entry::kInvalid;", "")
     program = builds.program("mask_intersect", "asan", kernel=kernel)
     case = broken_cases()[0]
-    done = subprocess.run(
-        [program], input=case.encode(), check=False, capture_output=True
-    )
+    done = subprocess.run([program], input=case.encode(), check=False, capture_output=True)
     assert done.returncode != 0 and b"AddressSanitizer" in done.stderr

@@ -167,13 +167,16 @@ def plot(results: list[Result], facts: dict[str, str], path: pathlib.Path) -> No
 
     ops = list(dict.fromkeys(result.op for result in results))
     variants = list(dict.fromkeys(result.variant for result in results))
-    figure, axes = pyplot.subplots(len(ops), 1, figsize=(11, 2.8 * len(ops) + 0.8), squeeze=False)
+    most = max(len({result.case for result in results if result.op == op}) for op in ops)
+    figure, axes = pyplot.subplots(len(ops), 1, figsize=(max(11, 0.8 * most), 2.8 * len(ops) + 0.8), squeeze=False)
     for axis, op in zip(axes[:, 0], ops, strict=True):
         mine = [result for result in results if result.op == op]
         cases = list(dict.fromkeys(result.case for result in mine))
         width = 0.8 / len(variants)
         for i, variant in enumerate(variants):
             chosen = [result for result in mine if result.variant == variant]
+            if not chosen:
+                continue
             places = [cases.index(result.case) + (i - (len(variants) - 1) / 2) * width for result in chosen]
             medians = [result.median * 1e3 for result in chosen]
             below = [(result.median - result.p20) * 1e3 for result in chosen]

@@ -1,0 +1,83 @@
+// gsp: drops the most redundant source tokens of a bipartite graph, in rounds.
+#pragma once
+
+#include <algorithm>
+
+#include "bipartite_match.hpp"
+
+namespace script::cpu {
+
+struct GspOptions {
+  float threshold = 0.2f;
+  float gamma = 1.0f;
+  int64_t min_degree = 4;
+  int64_t rounds = 1;
+};
+
+namespace detail {
+
+// d exp(gamma (mu - tau)); thinly connected tokens count half of that plus half their density.
+inline float redundancy(int32_t degree, float mean, float density, const GspOptions& options) {
+  const float graph =
+      degree == 0 ? 0.0f : static_cast<float>(degree) * std::exp(options.gamma * (mean - options.threshold));
+  return degree >= options.min_degree ? graph : 0.5f * graph + 0.5f * density;
+}
+
+}  // namespace detail
+
+// One image, from tokens packed as split_tokens orders them. Keeps exactly `keep` tokens, which the caller has checked
+// that the rounds can reach. mask and score: one entry per token; score is what a token had when last a source, else 0.
+inline void gsp_packed(const TokenView& tokens, const RowTable& table, const PackedTokens& packed, int64_t keep,
+                       const GspOptions& options, bool* mask, float* score, const Parallel& parallel) {
+  Scratch scratch;
+  const int64_t n = tokens.count;
+  std::fill(mask, mask + n, true);
+  std::fill(score, score + n, 0.0f);
+  const int64_t most = (n + 1) / 2;
+  MatchResult result{scratch.take<float>(most), scratch.take<int32_t>(most), scratch.take<int32_t>(most),
+                     scratch.take<float>(most), scratch.take<float>(most)};
+  int32_t* order = scratch.take<int32_t>(most);
+  int32_t* survivors = scratch.take<int32_t>(n);
+  int32_t* ids = scratch.take<int32_t>(n);
+  int64_t count = n;
+  for (int64_t round = 0; round < options.rounds; ++round) {
+    const int64_t destinations = count / 2, sources = count - destinations;
+    if (round == 0) {
+      split_tokens(nullptr, n, ids);
+      match_packed(packed, destinations, options.threshold, result, parallel);
+    } else {
+      Scratch again;
+      int64_t next = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        if (mask[i]) survivors[next++] = static_cast<int32_t>(i);
+      }
+      split_tokens(survivors, count, ids);
+      const PackedTokens left(tokens, table, ids, count, again, parallel);
+      match_packed(left, destinations, options.threshold, result, parallel);
+    }
+    for (int64_t s = 0; s < sources; ++s) {
+      score[ids[destinations + s]] = detail::redundancy(result.degree[s], result.mean[s], result.density[s], options);
+      order[s] = ids[destinations + s];
+    }
+    const int64_t drop = ceil_div(count - keep, options.rounds - round);
+    if (drop == 0) break;  // another round would score the same split
+    // The most redundant go; between equals the lower index stays.
+    std::nth_element(order, order + drop - 1, order + sources,
+                     [&](int32_t a, int32_t b) { return score[a] > score[b] || (score[a] == score[b] && a > b); });
+    for (int64_t i = 0; i < drop; ++i) mask[order[i]] = false;
+    count -= drop;
+  }
+}
+
+// One image.
+inline void gsp(const TokenView& tokens, int64_t keep, const GspOptions& options, bool* mask, float* score,
+                const Parallel& parallel) {
+  Scratch scratch;
+  const RowTable table = scan_rows(tokens, nullptr, scratch, parallel);
+  int32_t* ids = scratch.take<int32_t>(tokens.count);
+  split_tokens(nullptr, tokens.count, ids);
+  const PackedTokens packed(tokens, table, ids, tokens.count, scratch, parallel);
+  gsp_packed(tokens, table, packed, keep, options, mask, score, parallel);
+}
+
+}  // namespace script::cpu

@@ -1,0 +1,47 @@
+// How many tokens each stage keeps: one place for the ops, their checks and the NumPy module. script_kernels/checks.py
+// and reference.py compute the same numbers.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace script::cpu {
+
+// Tokens that GSP keeps of n when it drops the share `gsp_drop` of them.
+inline int64_t gsp_keep(int64_t n, double gsp_drop) {
+  return n - static_cast<int64_t>(std::floor(gsp_drop * static_cast<double>(n)));
+}
+
+// Length of the ranking that the intersection walks: min(n, ceil(oversample * keep)). An oversample that would overflow
+// the integer asks for everything.
+inline int64_t ranking_size(int64_t n, int64_t keep, double oversample) {
+  const double wanted = std::ceil(oversample * static_cast<double>(keep));
+  return wanted >= static_cast<double>(n) ? n : static_cast<int64_t>(wanted);
+}
+
+// What the next round drops when `left` tokens are still to go and `rounds_left` rounds, this one included, remain.
+inline int64_t round_quota(int64_t left, int64_t rounds_left) {
+  return left / rounds_left + (left % rounds_left != 0);
+}
+
+// Whether `rounds` rounds get from n tokens to `keep`: no round may drop more than its source tokens.
+inline bool rounds_suffice(int64_t n, int64_t keep, int64_t rounds) {
+  int64_t left = n - keep;
+  for (int64_t r = 0; r < rounds && left > 0; ++r) {
+    const int64_t quota = round_quota(left, rounds - r);
+    if (quota > (keep + left + 1) / 2) return false;
+    left -= quota;
+  }
+  return left == 0;
+}
+
+// The smallest number of rounds that suffices, for 1 <= keep <= n.
+inline int64_t rounds_needed(int64_t n, int64_t keep) {
+  // The last round drops about left / rounds of at most 2 keep + 1 tokens, so fewer rounds than this cannot do.
+  int64_t rounds = std::max<int64_t>(1, (n - keep) / (keep + 2));
+  while (!rounds_suffice(n, keep, rounds)) ++rounds;
+  return rounds;
+}
+
+}  // namespace script::cpu

@@ -1,0 +1,70 @@
+// Run-time dispatch over SIMD levels.
+//
+// The inner loops live in simd_kernels.hpp, which is compiled once per level (baseline, AVX2, AVX-512) with that level's
+// compiler flags; everything else is compiled for the baseline only. Callers take the table of the best level the CPU has
+// from simd(). SCRIPT_KERNELS_SIMD=baseline|avx2|avx512|avx512_bf16 in the environment lowers it
+// (never raises it).
+//
+// Layout shared by all loops: tokens stand in panels of kPanel columns, panel[depth][kPanel], 64-byte aligned and zero
+// padded, so that column j of a panel always takes the same arithmetic whatever its neighbours are. That is what makes
+// exact duplicates tie bit for bit and an item's result independent of the batch and of the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace script::cpu {
+
+inline constexpr int kPanel = 64;  // columns of a panel
+inline constexpr int kGroup = 16;  // columns a kernel may skip at once at the end of the last panel
+
+struct RowStats {
+  uint32_t amax_bits;  // largest |x| as float bits; >= 0x7f800000 when the row holds NaN or Inf
+  float sum_squares;
+  float dot;  // with the second row, 0 without one
+};
+
+// What one source token has seen so far of the destinations, one slot per lane.
+struct MatchLanes {
+  alignas(64) float best[kGroup];
+  alignas(64) float above_sum[kGroup];  // sum of the similarities >= threshold
+  alignas(64) float sum[kGroup];
+  alignas(64) int32_t best_column[kGroup];
+  alignas(64) int32_t above[kGroup];  // how many similarities >= threshold
+};
+
+struct SimdOps {
+  const char* name;
+
+  void (*widen_bf16)(const uint16_t* x, int64_t n, float* out);
+  void (*widen_f16)(const uint16_t* x, int64_t n, float* out);
+  RowStats (*row_stats)(const float* x, const float* y, int64_t n);  // y may be null
+  void (*scale_row)(const float* x, float scale, int64_t n, float* out);
+
+  // panel[d][c] = rows[c][d] for c < count, zero for count <= c < kPanel.
+  void (*pack)(const float* const* rows, int count, int64_t depth, float* panel);
+  // c[r][0..16*groups) = sum_d a[r][d] * panel[d][.]: chunks of 128 steps, summed in order. c is [rows][kPanel].
+  void (*gemm)(const float* const* a, int rows, const float* panel, int groups, int64_t depth, float* c);
+
+  // The same on bf16 rows of even length and panels of pairs, [depth/2][kPanel][2], with fp32 sums: `pack` on pairs as
+  // 32-bit words makes them. Null where the CPU has no bf16 dot product.
+  void (*gemm_bf16)(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c);
+
+  // Folds columns [0, columns) of a tile of raw products into the source's lanes; similarity = raw * source_scale * scale[c].
+  void (*match)(const float* raw, float source_scale, const float* scale, int columns, int32_t first_column, float threshold,
+                MatchLanes* lanes);
+
+  // Cholesky rows of `m` new pivots on one panel of columns. g[m][kPanel] holds the kernel entries less what earlier
+  // pivots explain; factor[a][b] (leading dimension kPanel) is the lower triangular factor of the pivots themselves,
+  // inverse_diagonal[a] = 1 / factor[a][a]. Writes rows[a][kPanel] and takes their squares off `residual`, clamped at 0;
+  // columns with a negative residual (taken) keep it.
+  void (*solve)(const float* g, int m, const float* factor, const float* inverse_diagonal, float* rows, float* residual);
+  // One pivot at once: rows[t] = (kernel_row - sum_s pivot[s] rows[s]) * inverse, then the residuals as in solve.
+  void (*step)(const float* kernel_row, const float* pivot, int64_t t, float inverse, float* rows, float* residual);
+  // Lowest index of the largest of n > 0 values.
+  int64_t (*argmax)(const float* x, int64_t n);
+};
+
+// The table for this CPU.
+const SimdOps& simd();
+
+}  // namespace script::cpu

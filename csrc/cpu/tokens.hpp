@@ -1,0 +1,202 @@
+// Token rows of any floating dtype and stride, as the kernels want them: row statistics and packed panels.
+//
+// A row is multiplied by a power of two where its largest magnitude is far from 1, which is exact and keeps squares and
+// products inside fp32: cosines do not change, and neither 1e38 nor 1e-40 breaks one. A row that holds NaN or Inf ("bad")
+// counts as a zero row.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "parallel.hpp"
+#include "simd.hpp"
+#include "workspace.hpp"
+
+namespace script::cpu {
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Strides in elements; they may be 0 or negative.
+struct TokenView {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t count = 0, width = 0;
+  int64_t row_stride = 0, column_stride = 1;
+
+  // Row i as contiguous fp32: the row itself where it is that already, else written to `buffer` (width floats).
+  const float* row(int64_t i, float* buffer) const {
+    const int64_t start = i * row_stride;
+    if (dtype == DType::kFloat32) {
+      const float* x = static_cast<const float*>(data) + start;
+      if (column_stride == 1) return x;
+      for (int64_t d = 0; d < width; ++d) buffer[d] = x[d * column_stride];
+      return buffer;
+    }
+    const uint16_t* x = static_cast<const uint16_t*>(data) + start;
+    const auto widen = dtype == DType::kBFloat16 ? simd().widen_bf16 : simd().widen_f16;
+    if (column_stride == 1) {
+      widen(x, width, buffer);
+    } else {
+      for (int64_t d = 0; d < width; ++d) widen(x + d * column_stride, 1, buffer + d);
+    }
+    return buffer;
+  }
+};
+
+// Statistics of the rows, in token order.
+struct RowTable {
+  float* inverse_norm = nullptr;  // of the scaled row; 0 for a zero or bad row
+  float* scale = nullptr;         // the power of two, 1 for ordinary rows
+  uint8_t* bad = nullptr;
+  float* cosine = nullptr;  // with the direction given to scan_rows, or null
+};
+
+// 1 for magnitudes within 2^+-30, else the normal power of two that brings the magnitude nearest to [1, 2).
+inline float power_of_two_scale(float magnitude) {
+  if (magnitude == 0.0f) return 1.0f;
+  const int exponent = std::ilogb(magnitude);
+  if (exponent >= -30 && exponent <= 30) return 1.0f;
+  return std::ldexp(1.0f, exponent < -126 ? 126 : (exponent > 126 ? -126 : -exponent));
+}
+
+// One pass over the rows. `direction` (width floats, may be null): the cosine of each row with it, given that the
+// direction is a mean of unit vectors (it is not normalised here).
+inline RowTable scan_rows(const TokenView& tokens, const float* direction, Scratch& scratch, const Parallel& parallel) {
+  RowTable table;
+  table.inverse_norm = scratch.take<float>(tokens.count);
+  table.scale = scratch.take<float>(tokens.count);
+  table.bad = scratch.take<uint8_t>(tokens.count);
+  if (direction != nullptr) table.cosine = scratch.take<float>(tokens.count);
+  parallel(tokens.count, 256, [&](int64_t begin, int64_t end) {
+    Scratch local;
+    float* buffer = local.take<float>(tokens.width);
+    float* scaled = local.take<float>(tokens.width);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* x = tokens.row(i, buffer);
+      RowStats stats = simd().row_stats(x, direction, tokens.width);
+      table.bad[i] = stats.amax_bits >= 0x7f800000u;
+      float amax;
+      std::memcpy(&amax, &stats.amax_bits, sizeof amax);
+      table.scale[i] = table.bad[i] ? 1.0f : power_of_two_scale(amax);
+      if (table.scale[i] != 1.0f) {
+        simd().scale_row(x, table.scale[i], tokens.width, scaled);
+        stats = simd().row_stats(scaled, direction, tokens.width);
+      }
+      const bool zero = table.bad[i] || stats.sum_squares == 0.0f;
+      table.inverse_norm[i] = zero ? 0.0f : static_cast<float>(1.0 / std::sqrt(static_cast<double>(stats.sum_squares)));
+      if (direction != nullptr) table.cosine[i] = zero ? 0.0f : stats.dot * table.inverse_norm[i];
+    }
+  });
+  return table;
+}
+
+// Rows and panels of one image, in the order of `ids` (position -> token). bf16 tokens stay bf16 where the CPU multiplies
+// them; everything else is fp32.
+class PackedTokens {
+ public:
+  PackedTokens(const TokenView& tokens, const RowTable& table, const int32_t* ids, int64_t count, Scratch& scratch,
+               const Parallel& parallel)
+      : tokens_(tokens), table_(table), ids_(ids), count_(count), bf16_(uses_bf16(tokens.dtype)) {
+    depth_ = bf16_ ? (tokens.width + 1) / 2 : tokens.width;  // in 32-bit words
+    zero_row_ = scratch.take<float>(depth_, 0.0f);
+    panels_ = scratch.take<float>(ceil_div(count, kPanel) * panel_size());
+    parallel(ceil_div(count, kPanel), 4, [&](int64_t begin, int64_t end) {
+      Scratch local;
+      float* buffer = local.take<float>(row_buffer_size(kPanel));
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t left = count_ - p * kPanel;
+        int32_t positions[kPanel];
+        const int columns = static_cast<int>(left < kPanel ? left : kPanel);
+        for (int c = 0; c < columns; ++c) positions[c] = static_cast<int32_t>(p * kPanel + c);
+        pack_panel(positions, columns, buffer, panels_ + p * panel_size());
+      }
+    });
+  }
+
+  static bool uses_bf16(DType dtype) { return dtype == DType::kBFloat16 && simd().gemm_bf16 != nullptr; }
+
+  int64_t count() const { return count_; }
+  int64_t panel_size() const { return depth_ * kPanel; }
+  int64_t token(int64_t position) const { return ids_[position]; }
+  float inverse_norm(int64_t position) const { return table_.inverse_norm[ids_[position]]; }
+  // Floats that `rows` may need to hold converted rows.
+  int64_t row_buffer_size(int64_t rows) const { return rows * (depth_ + 1) + tokens_.width; }
+
+  // Pointers to the rows at `positions`, converted into `buffer` where needed; 32-bit words (fp32 or pairs of bf16).
+  void rows(const int32_t* positions, int64_t count, float* buffer, const float** out) const {
+    float* widened = buffer;
+    float* next = buffer + tokens_.width;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = ids_[positions[r]];
+      if (table_.inverse_norm[i] == 0.0f) {
+        out[r] = zero_row_;
+      } else if (bf16_) {
+        out[r] = bf16_row(i, widened, next);
+      } else {
+        const float* x = tokens_.row(i, next);
+        if (table_.scale[i] != 1.0f) {
+          simd().scale_row(x, table_.scale[i], tokens_.width, next);
+          x = next;
+        }
+        out[r] = x;
+      }
+      if (out[r] == next) next += depth_;
+    }
+  }
+
+  // A panel of any `count` <= kPanel positions.
+  void pack_panel(const int32_t* positions, int count, float* buffer, float* panel) const {
+    const float* pointers[kPanel];
+    rows(positions, count, buffer, pointers);
+    pack_rows(pointers, count, panel);
+  }
+
+  // The same from the rows themselves, as given by rows().
+  void pack_rows(const float* const* rows, int count, float* panel) const { simd().pack(rows, count, depth_, panel); }
+
+  // out[r][c] = x_r . x_c, raw, for rows as given by rows() and the columns of a packed panel.
+  void multiply(const float* const* rows, int count, const float* panel, int groups, float* out) const {
+    if (bf16_) {
+      const uint16_t* pointers[kPanel];
+      for (int r = 0; r < count; ++r) pointers[r] = reinterpret_cast<const uint16_t*>(rows[r]);
+      simd().gemm_bf16(pointers, count, reinterpret_cast<const uint16_t*>(panel), groups, depth_ * 2, out);
+    } else {
+      simd().gemm(rows, count, panel, groups, depth_, out);
+    }
+  }
+
+  const float* panel(int64_t p) const { return panels_ + p * panel_size(); }
+
+ private:
+  const float* bf16_row(int64_t i, float* widened, float* out) const {
+    const uint16_t* x = static_cast<const uint16_t*>(tokens_.data) + i * tokens_.row_stride;
+    const bool in_place = tokens_.column_stride == 1 && tokens_.width % 2 == 0 && table_.scale[i] == 1.0f;
+    if (in_place) return reinterpret_cast<const float*>(x);  // read as 16-bit values by the kernels
+    uint16_t* y = reinterpret_cast<uint16_t*>(out);
+    const float* row = tokens_.row(i, widened);
+    if (table_.scale[i] != 1.0f) {
+      simd().scale_row(row, table_.scale[i], tokens_.width, widened);
+    }
+    for (int64_t d = 0; d < tokens_.width; ++d) {
+      uint32_t bits;
+      std::memcpy(&bits, widened + d, 4);
+      y[d] = static_cast<uint16_t>(bits >> 16);  // exact: the value was bf16 and the scale a power of two
+    }
+    if (tokens_.width % 2 != 0) y[tokens_.width] = 0;
+    return out;
+  }
+
+  TokenView tokens_;
+  RowTable table_;
+  const int32_t* ids_;
+  int64_t count_;
+  bool bf16_;
+  int64_t depth_;
+  const float* zero_row_;
+  float* panels_;
+};
+
+}  // namespace script::cpu

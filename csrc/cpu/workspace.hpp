@@ -1,0 +1,97 @@
+// Scratch memory that survives from call to call: the page faults of fresh memory cost as much as the arithmetic at the
+// usual sizes. One arena per thread, used as a stack.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+namespace script::cpu {
+
+class Arena {
+ public:
+  static constexpr size_t kAlign = 64;
+  // What a thread keeps between calls; a larger call gives the rest back when it ends.
+  static constexpr size_t kKept = size_t{64} << 20;
+
+  static Arena& local() {
+    thread_local Arena arena;
+    return arena;
+  }
+
+  ~Arena() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+
+  void* take(size_t bytes) {
+    bytes = (bytes + kAlign - 1) / kAlign * kAlign;
+    while (current_ < blocks_.size() && used_ + bytes > blocks_[current_].size) {
+      ++current_;
+      used_ = 0;
+    }
+    if (current_ == blocks_.size()) {
+      const size_t size = bytes > kBlock ? bytes : kBlock;
+      void* data = std::aligned_alloc(kAlign, size);
+      if (data == nullptr) throw std::bad_alloc();
+      blocks_.push_back({static_cast<char*>(data), size});
+    }
+    void* p = blocks_[current_].data + used_;
+    used_ += bytes;
+    return p;
+  }
+
+ private:
+  friend class Scratch;
+  static constexpr size_t kBlock = size_t{4} << 20;
+  struct Block {
+    char* data;
+    size_t size;
+  };
+
+  void trim() {
+    size_t total = 0;
+    for (const Block& block : blocks_) total += block.size;
+    while (total > kKept) {
+      total -= blocks_.back().size;
+      std::free(blocks_.back().data);
+      blocks_.pop_back();
+    }
+  }
+
+  std::vector<Block> blocks_;
+  size_t current_ = 0;  // the block in use, and how much of it
+  size_t used_ = 0;
+};
+
+// Takes memory from the thread's arena and gives it back, all at once, when it goes out of scope.
+class Scratch {
+ public:
+  Scratch() : arena_(Arena::local()), current_(arena_.current_), used_(arena_.used_) {}
+  ~Scratch() {
+    arena_.current_ = current_;
+    arena_.used_ = used_;
+    if (current_ == 0 && used_ == 0) arena_.trim();
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // Uninitialised, 64-byte aligned.
+  template <typename T>
+  T* take(int64_t count) {
+    return static_cast<T*>(arena_.take(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)));
+  }
+  template <typename T>
+  T* take(int64_t count, T fill) {
+    T* p = take<T>(count);
+    for (int64_t i = 0; i < count; ++i) p[i] = fill;
+    return p;
+  }
+
+ private:
+  Arena& arena_;
+  size_t current_, used_;
+};
+
+}  // namespace script::cpu

@@ -1,0 +1,326 @@
+"""Argument checks, one function per op, with the op's arguments: ValueError (values, shapes, devices) or TypeError (dtypes, types).
+
+Messages read `argument: expected what, got what came`; csrc/common/op_checks.hpp says the same to direct callers of the CPU
+ops. Fakes call these functions too, with symbolic sizes under torch.compile(dynamic=True) and torch.export. A symbolic
+comparison is neither True nor False until somebody asks, and asking would specialise the program on this size: a check
+therefore fails only where its condition `is False`, and the compiled program is checked by the op when it runs.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+COMBINE = ("intersect", "restrict")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _is_tensor(value: object, argument: str, dtype: torch.dtype | None) -> None:
+    """A tensor, of this dtype; None: of a floating dtype that the ops take."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if dtype is None:
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{argument}: expected float32, bfloat16 or float16, got {_dtype(value.dtype)}")
+    elif value.dtype != dtype:
+        raise TypeError(f"{argument}: expected {_dtype(dtype)}, got {_dtype(value.dtype)}")
+
+
+def _is_int(value: object, argument: str) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
+
+
+def _is_number(value: object, argument: str) -> None:
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a float, got {type(value).__name__}")
+
+
+def _is_finite(value: float, argument: str) -> None:
+    _is_number(value, argument)
+    if isinstance(value, (float, int)) and not math.isfinite(value):
+        raise ValueError(f"{argument}: expected a finite number, got {value}")
+
+
+def _on_device(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_argument: str = "tokens") -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{argument}: expected the device of {like_argument}, {like.device}, got {tensor.device}")
+
+
+def _in_range(count: int, argument: str, limit: int, limit_name: str) -> None:
+    _is_int(count, argument)
+    if (count >= 1) is False or (count <= limit) is False:
+        raise ValueError(f"{argument}: expected 1 <= {argument} <= {limit_name} = {limit}, got {count}")
+
+
+def _tokens(tokens: torch.Tensor) -> None:
+    _is_tensor(tokens, "tokens", None)
+    if tokens.ndim != 3 or (tokens.shape[2] >= 1) is False:
+        raise ValueError(f"tokens: expected shape (B, N, D) with D >= 1, got {_shape(tokens)}")
+
+
+def _query(query: torch.Tensor, query_mask: torch.Tensor | None, batch: int, tokens: torch.Tensor, width: int) -> None:
+    _is_tensor(query, "query", tokens.dtype)
+    if (
+        query.ndim != 3
+        or ((query.shape[0] == batch) is False and (query.shape[0] == 1) is False)
+        or (query.shape[1] >= 1) is False
+        or (query.shape[2] == width) is False
+    ):
+        raise ValueError(f"query: expected shape ({batch} or 1, Q >= 1, {width}), got {_shape(query)}")
+    _on_device(query, "query", tokens)
+    if query_mask is None:
+        return
+    _is_tensor(query_mask, "query_mask", torch.bool)
+    if (
+        query_mask.ndim != 2
+        or ((query_mask.shape[0] == batch) is False and (query_mask.shape[0] == 1) is False)
+        or (query_mask.shape[1] == query.shape[1]) is False
+    ):
+        raise ValueError(f"query_mask: expected shape ({batch} or 1, {query.shape[1]}), got {_shape(query_mask)}")
+    _on_device(query_mask, "query_mask", tokens)
+
+
+def _gsp_parameters(threshold: float, gamma: float, min_degree: int, rounds: int) -> None:
+    _is_finite(threshold, "threshold")
+    _is_finite(gamma, "gamma")
+    _is_int(min_degree, "min_degree")
+    if (min_degree >= 0) is False:
+        raise ValueError(f"min_degree: expected min_degree >= 0, got {min_degree}")
+    _is_int(rounds, "rounds")
+    if (rounds >= 1) is False:
+        raise ValueError(f"rounds: expected rounds >= 1, got {rounds}")
+
+
+def _prune_parameters(gsp_drop: float, oversample: float, combine: str) -> None:
+    _is_number(gsp_drop, "gsp_drop")
+    if isinstance(gsp_drop, (float, int)) and not 0 <= gsp_drop < 1:
+        raise ValueError(f"gsp_drop: expected 0 <= gsp_drop < 1, got {gsp_drop}")
+    _is_number(oversample, "oversample")
+    if isinstance(oversample, (float, int)) and not 1 <= oversample < math.inf:
+        raise ValueError(f"oversample: expected a finite number >= 1, got {oversample}")
+    if not isinstance(combine, str):
+        raise TypeError(f"combine: expected a str, got {type(combine).__name__}")
+    if combine not in COMBINE:
+        raise ValueError(f"combine: expected 'intersect' or 'restrict', got {combine!r}")
+
+
+def gsp_keep(n: int, gsp_drop: float) -> int:
+    """Tokens that GSP keeps of `n` when it drops the share `gsp_drop` of them."""
+    return n - math.floor(gsp_drop * n)
+
+
+def ranking_size(n: int, keep: int, oversample: float) -> int:
+    """Length of the ranking that the intersection walks, for `keep` of `n` tokens."""
+    return min(n, math.ceil(oversample * keep))
+
+
+def rounds_suffice(n: int, keep: int, rounds: int) -> bool:
+    """Whether `rounds` rounds of GSP get from `n` tokens to `keep`: no round may drop more than its source tokens."""
+    left = n - keep
+    for r in range(rounds):
+        if left == 0:
+            break
+        quota = -(-left // (rounds - r))
+        if quota > (keep + left + 1) // 2:
+            return False
+        left -= quota
+    return True
+
+
+def rounds_needed(n: int, keep: int) -> int:
+    """The smallest number of rounds that suffices, for 1 <= keep <= n."""
+    # The last round drops about left / rounds of at most 2 keep + 1 tokens, so fewer rounds than this cannot do.
+    rounds = max(1, (n - keep) // (keep + 2))
+    while not rounds_suffice(n, keep, rounds):
+        rounds += 1
+    return rounds
+
+
+def _reachable(n: int, keep: int, rounds: int, asked: str) -> None:
+    if not rounds_suffice(n, keep, rounds):
+        raise ValueError(
+            f"{asked} of N = {n} tokens cannot be reached with rounds = {rounds} "
+            f"(a round drops at most half); needs rounds >= {rounds_needed(n, keep)}"
+        )
+
+
+def _drop_reachable(n: int, gsp_drop: float, rounds: int) -> None:
+    if isinstance(n, int) and isinstance(rounds, int) and isinstance(gsp_drop, (float, int)):
+        kept = gsp_keep(n, gsp_drop)
+        _reachable(n, kept, rounds, f"gsp_drop: {gsp_drop} keeps {kept}, which")
+
+
+def query_relevance(
+    tokens: torch.Tensor, query: torch.Tensor, query_mask: torch.Tensor | None = None, negate: bool = False
+) -> None:
+    """Checks the arguments of `query_relevance`."""
+    _tokens(tokens)
+    _query(query, query_mask, tokens.shape[0], tokens, tokens.shape[2])
+
+
+def bipartite_match(tokens: torch.Tensor, threshold: float = 0.2) -> None:
+    """Checks the arguments of `bipartite_match`."""
+    _tokens(tokens)
+    _is_finite(threshold, "threshold")
+
+
+def gsp(
+    tokens: torch.Tensor,
+    keep: int,
+    threshold: float = 0.2,
+    gamma: float = 1.0,
+    min_degree: int = 4,
+    rounds: int = 1,
+) -> None:
+    """Checks the arguments of `gsp`."""
+    _tokens(tokens)
+    n = tokens.shape[1]
+    _in_range(keep, "keep", n, "N")
+    _gsp_parameters(threshold, gamma, min_degree, rounds)
+    if isinstance(n, int) and isinstance(keep, int) and isinstance(rounds, int):
+        _reachable(n, keep, rounds, f"keep: {keep}")
+
+
+def dpp_map(kernel: torch.Tensor, k: int) -> None:
+    """Checks the arguments of `dpp_map`."""
+    _is_tensor(kernel, "kernel", torch.float32)
+    if kernel.ndim != 3 or (kernel.shape[1] == kernel.shape[2]) is False:
+        raise ValueError(f"kernel: expected shape (B, N, N), got {_shape(kernel)}")
+    _in_range(k, "k", kernel.shape[1], "N")
+
+
+def qcsp(tokens: torch.Tensor, relevance: torch.Tensor, k: int) -> None:
+    """Checks the arguments of `qcsp`."""
+    _tokens(tokens)
+    batch, n = tokens.shape[:2]
+    _is_tensor(relevance, "relevance", torch.float32)
+    if relevance.ndim != 2 or (relevance.shape[0] == batch) is False or (relevance.shape[1] == n) is False:
+        raise ValueError(f"relevance: expected shape ({batch}, {n}), got {_shape(relevance)}")
+    _on_device(relevance, "relevance", tokens)
+    _in_range(k, "k", n, "N")
+
+
+def mask_intersect(ranking: torch.Tensor, mask: torch.Tensor, k: int) -> None:
+    """Checks the arguments of `mask_intersect`."""
+    _is_tensor(ranking, "ranking", torch.int64)
+    if ranking.ndim != 2:
+        raise ValueError(f"ranking: expected shape (B, P), got {_shape(ranking)}")
+    batch, size = ranking.shape
+    _is_tensor(mask, "mask", torch.bool)
+    if mask.ndim != 2 or (mask.shape[0] == batch) is False:
+        raise ValueError(f"mask: expected shape ({batch}, N), got {_shape(mask)}")
+    _on_device(mask, "mask", ranking, "ranking")
+    if (size <= mask.shape[1]) is False:
+        raise ValueError(f"ranking: expected P <= N = {mask.shape[1]}, got P = {size}")
+    _in_range(k, "k", size, "P")
+
+
+def prune(
+    tokens: torch.Tensor,
+    query: torch.Tensor | None,
+    keep: int,
+    aligned: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
+    negate: bool = False,
+    gsp_drop: float = 0.25,
+    oversample: float = 2.0,
+    combine: str = "intersect",
+    threshold: float = 0.2,
+    gamma: float = 1.0,
+    min_degree: int = 4,
+    rounds: int = 1,
+) -> None:
+    """Checks the arguments of `prune`."""
+    _tokens(tokens)
+    batch, n, width = tokens.shape
+    _in_range(keep, "keep", n, "N")
+    if query is not None:
+        if aligned is not None:
+            _is_tensor(aligned, "aligned", tokens.dtype)
+            if (
+                aligned.ndim != 3
+                or (aligned.shape[0] == batch) is False
+                or (aligned.shape[1] == n) is False
+                or (aligned.shape[2] >= 1) is False
+            ):
+                raise ValueError(f"aligned: expected shape ({batch}, {n}, C) with C >= 1, got {_shape(aligned)}")
+            _on_device(aligned, "aligned", tokens)
+            width = aligned.shape[2]
+        _query(query, query_mask, batch, tokens, width)
+    _prune_parameters(gsp_drop, oversample, combine)
+    _gsp_parameters(threshold, gamma, min_degree, rounds)
+    _drop_reachable(n, gsp_drop, rounds)
+
+
+def prune_varlen(
+    tokens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    query: torch.Tensor | None,
+    keep: Sequence[int],
+    aligned: torch.Tensor | None = None,
+    negate: bool = False,
+    gsp_drop: float = 0.25,
+    oversample: float = 2.0,
+    combine: str = "intersect",
+    threshold: float = 0.2,
+    gamma: float = 1.0,
+    min_degree: int = 4,
+    rounds: int = 1,
+) -> None:
+    """Checks the arguments of `prune_varlen`, all but the values of `cu_seqlens`: `segments` does those."""
+    _is_tensor(tokens, "tokens", None)
+    if tokens.ndim != 2 or (tokens.shape[1] >= 1) is False:
+        raise ValueError(f"tokens: expected shape (T, D) with D >= 1, got {_shape(tokens)}")
+    total, width = tokens.shape
+    _is_tensor(cu_seqlens, "cu_seqlens", torch.int32)
+    if cu_seqlens.ndim != 1 or (cu_seqlens.shape[0] >= 1) is False:
+        raise ValueError(f"cu_seqlens: expected shape (S + 1,), got {_shape(cu_seqlens)}")
+    _on_device(cu_seqlens, "cu_seqlens", tokens)
+    count = cu_seqlens.shape[0] - 1
+    if isinstance(keep, torch.Tensor) or not isinstance(keep, Sequence):
+        raise TypeError(f"keep: expected a sequence of ints, got {type(keep).__name__}")
+    for s, kept in enumerate(keep):
+        _is_int(kept, f"keep[{s}]")
+        if (kept >= 0) is False:
+            raise ValueError(f"keep[{s}]: expected keep[{s}] >= 0, got {kept}")
+    if (len(keep) == count) is False:
+        raise ValueError(f"keep: expected one count per segment, S = {count}, got {len(keep)} counts")
+    if query is not None:
+        if aligned is not None:
+            _is_tensor(aligned, "aligned", tokens.dtype)
+            if aligned.ndim != 2 or (aligned.shape[0] == total) is False or (aligned.shape[1] >= 1) is False:
+                raise ValueError(f"aligned: expected shape ({total}, C) with C >= 1, got {_shape(aligned)}")
+            _on_device(aligned, "aligned", tokens)
+            width = aligned.shape[1]
+        _query(query, None, count, tokens, width)
+    _prune_parameters(gsp_drop, oversample, combine)
+    _gsp_parameters(threshold, gamma, min_degree, rounds)
+
+
+def segments(starts: Sequence[int], total: int, keep: Sequence[int], gsp_drop: float, rounds: int) -> None:
+    """Checks the values of `cu_seqlens` (as a list) against the tokens and `keep`; after `prune_varlen`'s other checks."""
+    if starts[0] != 0:
+        raise ValueError(f"cu_seqlens: expected a start at 0, got {starts[0]}")
+    for before, after in zip(starts, starts[1:], strict=False):
+        if after < before:
+            raise ValueError(f"cu_seqlens: expected ascending values, got {after} after {before}")
+    if starts[-1] != total:
+        raise ValueError(f"cu_seqlens: expected an end at T = {total}, got {starts[-1]}")
+    for s, kept in enumerate(keep):
+        length = starts[s + 1] - starts[s]
+        if length == 0:
+            if kept != 0:
+                raise ValueError(f"keep[{s}]: expected 0 for an empty segment, got {kept}")
+            continue
+        if not 1 <= kept <= length:
+            raise ValueError(f"keep[{s}]: expected 1 <= keep[{s}] <= {length}, the segment's length, got {kept}")
+        _drop_reachable(length, gsp_drop, rounds)

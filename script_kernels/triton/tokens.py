@@ -1,4 +1,4 @@
-"""Row statistics of the tokens and the tile product, shared by every kernel that compares tokens.
+"""Segments, row statistics of the tokens and the tile product, shared by every kernel that compares tokens.
 
 A cosine needs 1/|x|, and rows of any finite magnitude are allowed: squares of fp32/bf16 values overflow above 1e19 and
 vanish below 1e-23. Multiplying a row by a power of two is exact, so a row whose largest magnitude lies outside
@@ -8,6 +8,12 @@ input dtype. The result has the same bits on either loop. fp16 never needs a sca
 
 The state of a row travels in its inverse norm: `inv_norm > 0` an ordinary row, `0` a zero row, `-1` a row that holds
 NaN or Inf. Statistics describe the scaled row, so cos(i, j) = dot(scale_i x_i, scale_j x_j) inv_norm_i inv_norm_j.
+
+Dense images and packed segments run through the same kernels. A program owns one tile of rows of one image, and `slot`
+numbers the tiles of all images. Packed segments have lengths that only the device knows, while a grid has to be static:
+segment s owns the slots from cu[s] // BLOCK + s on, which is at least cdiv(length, BLOCK) of them and T // BLOCK + S
+altogether; a program whose slot lies behind the end of its segment returns at once. Per-row arrays are flat: entry
+`first + row`, with `first` = image * N or cu[s].
 """
 
 from contextlib import nullcontext
@@ -20,11 +26,73 @@ SAFE_EXPONENT = 40
 BLOCK_ROWS = 4
 BLOCK_COLS = 1024
 STATS_WARPS = 4
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def device_guard(tensor: torch.Tensor):
     """Make the tensor's device current: Triton launches on the current device. CPU tensors (the interpreter) need none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@triton.jit
+def locate(
+    p_cu,  # (S + 1,) int32, read when VARLEN
+    i_slot,
+    S,
+    N,  # tokens per image; of all segments when VARLEN
+    slots,  # per image; unused when VARLEN
+    BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """Image or segment of a slot, the tile's number in it, its first flat row (int64) and its length."""
+    if VARLEN:
+        i_s = -1
+        for i_c in range(0, S, 1024):
+            o_s = i_c + tl.arange(0, 1024)
+            b_cu = tl.load(p_cu + o_s, mask=o_s < S, other=0)
+            i_s += tl.sum(((o_s < S) & (b_cu // BLOCK + o_s <= i_slot)).to(tl.int32), axis=0)
+        i_s = tl.maximum(i_s, 0)
+        first, n = segment(p_cu, i_s, N, VARLEN)
+        i_tile = i_slot - (first.to(tl.int32) // BLOCK + i_s)
+    else:
+        i_s = i_slot // slots
+        i_tile = i_slot - i_s * slots
+        first, n = segment(p_cu, i_s, N, VARLEN)
+    return i_s, i_tile, first, n
+
+
+@triton.jit
+def segment(p_cu, i_s, N, VARLEN: tl.constexpr):
+    """First flat row (int64) and length of a segment. Bounds are clamped: they cannot be checked without a sync."""
+    if VARLEN:
+        first = tl.minimum(tl.maximum(tl.load(p_cu + i_s), 0), N)
+        n = tl.minimum(tl.maximum(tl.load(p_cu + i_s + 1), first), N) - first
+    else:
+        first = i_s.to(tl.int64) * N
+        n = N
+    return first.to(tl.int64), n
+
+
+def slot_count(segments: int, n: int, block: int, varlen: bool) -> tuple[int, int]:
+    """Slots per image and in all; n is the length of an image, or of all packed segments together."""
+    if varlen:
+        total = n // block + segments
+        return total, total
+    per_image = triton.cdiv(n, block)
+    return per_image, per_image * segments
+
+
+@triton.jit
+def order_key(b_x):
+    """int32 keys that order as the floats do, -0 and +0 alike."""
+    b_bits = tl.where(b_x == 0.0, 0.0, b_x).to(tl.int32, bitcast=True)
+    return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_order_key(b_key):
+    """Inverse of `order_key`."""
+    return (b_key ^ ((b_key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -141,6 +209,9 @@ def dot_pass(
         if RESCALE:
             b_a = rescale(b_a, b_scale_a[:, None])
             b_b = rescale(b_b, b_scale_b[None, :])
+        if INTERPRETED:  # the interpreter multiplies the bit patterns of bf16; products of widened values are the same
+            b_a = widen(b_a)
+            b_b = widen(b_b)
         b_acc = tl.dot(b_a, b_b, acc=b_acc, input_precision=PRECISION)
     return b_acc
 
@@ -189,27 +260,156 @@ def cosine_tile(b_dot, b_inv_a, b_inv_b):
 
 
 @triton.jit
-def token_stats_kernel(
+def token_kernel(
     p_tokens,
+    p_aligned,  # read when ALIGNED
+    p_query,  # (images or 1, C) fp32 contiguous, read when QUERY
+    p_cu,
     p_inv,
     p_scale,
+    p_score,  # written when SCORE
+    p_range,  # (images, 2) int32 order keys of the lowest and highest score, updated when QUERY
+    p_sums,  # (PLANES, rows) int64, cleared when PLANES
     stride_b,
     stride_n,
     stride_d,
+    stride_ab,
+    stride_an,
+    stride_ad,
+    stride_q,
+    S,
     N,
     D,
+    C,
+    slots,
+    rows,
+    BEST: tl.constexpr,
+    PLANES: tl.constexpr,
+    QUERY: tl.constexpr,
+    SCORE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VARLEN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
     SCALED: tl.constexpr,
     SAFE: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
-    o_n = tl.program_id(0) * BR + tl.arange(0, BR)
-    m_n = o_n < N
-    p_rows = p_tokens + i_b * stride_b + o_n.to(tl.int64) * stride_n
-    b_inv, b_scale, _ = row_stats(p_rows, m_n, stride_d, p_inv, D, False, BR, BC, SCALED, SAFE)
-    tl.store(p_inv + i_b * N + o_n, b_inv, mask=m_n)
-    tl.store(p_scale + i_b * N + o_n, b_scale, mask=m_n)
+    """One pass over the tokens (and aligned rows): norms, scales, raw relevance and its range, cleared sums.
+
+    The score of a row is its cosine with the image's mean query vector, 0 without a query, +inf for a bad row.
+    """
+    i_s, i_tile, first, n = locate(p_cu, tl.program_id(0), S, N, slots, BR, VARLEN)
+    if i_tile * BR >= n:
+        return
+    o_n = i_tile * BR + tl.arange(0, BR)
+    m_n = o_n < n
+    o_flat = first + o_n
+    if VARLEN:
+        o_row = o_flat
+        i_image = 0
+    else:
+        o_row = o_n.to(tl.int64)
+        i_image = i_s.to(tl.int64)
+    p_rows = p_tokens + i_image * stride_b + o_row * stride_n
+    p_vector = p_query + i_s.to(tl.int64) * stride_q
+    b_inv, b_scale, b_score = row_stats(
+        p_rows, m_n, stride_d, p_vector, D, QUERY and not ALIGNED, BR, BC, SCALED, SAFE
+    )
+    tl.store(p_inv + o_flat, b_inv, mask=m_n)
+    tl.store(p_scale + o_flat, b_scale, mask=m_n)
+    if SCORE:
+        m_bad = b_inv < 0.0
+        if ALIGNED:
+            p_rows = p_aligned + i_image * stride_ab + o_row * stride_an
+            b_inv, b_scale, b_score = row_stats(p_rows, m_n, stride_ad, p_vector, C, True, BR, BC, SCALED, SAFE)
+            # The range is that of the aligned rows; a token that is bad in itself still has a score there.
+            m_ranged = b_inv >= 0.0
+            m_bad = m_bad | (b_inv < 0.0)
+        else:
+            m_ranged = b_inv >= 0.0
+        tl.store(p_score + o_flat, tl.where(m_bad, float("inf"), b_score), mask=m_n)
+        if QUERY:
+            b_key = order_key(b_score)
+            m_ranged = m_ranged & m_n
+            low = tl.min(tl.where(m_ranged, b_key, 0x7FFFFFFF), axis=0)
+            high = tl.max(tl.where(m_ranged, b_key, -0x7FFFFFFF), axis=0)
+            tl.atomic_min(p_range + 2 * i_s, low, sem="relaxed")
+            tl.atomic_max(p_range + 2 * i_s + 1, high, sem="relaxed")
+    if PLANES > 0:
+        for i_plane in tl.static_range(PLANES):
+            b_clear = tl.zeros([BR], dtype=tl.int64)
+            if BEST and i_plane == PLANES - 1:
+                b_clear += -0x7FFFFFFFFFFFFFFF
+            tl.store(p_sums + tl.full([], i_plane, tl.int64) * rows + o_flat, b_clear, mask=m_n)
+
+
+def dense_layout(tokens: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, int, list[int]]:
+    """Images or segments, N of the kernels, and strides (image, row, column) of (B, N, D) or packed (T, D) tokens."""
+    if cu_seqlens is None:
+        return tokens.shape[0], tokens.shape[1], list(tokens.stride())
+    return cu_seqlens.shape[0] - 1, tokens.shape[0], [0, *tokens.stride()]
+
+
+def launch_token_pass(
+    tokens: torch.Tensor,
+    aligned: torch.Tensor | None = None,
+    mean_query: torch.Tensor | None = None,
+    score_range: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    score: bool = False,
+    planes: int = 0,
+    best: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """One launch over (B, N, D) or packed (T, D) tokens; `aligned` is read for the relevance in their place.
+
+    Returns inv_norm and scale (rows,), score (rows,) or None, and the cleared integer sums (planes, rows) or None, with
+    rows = B * N or T. `mean_query` (B or 1, C) and `score_range` (B, 2) come from `launch_mean_query`.
+    """
+    segments, n, strides = dense_layout(tokens, cu_seqlens)
+    varlen = cu_seqlens is not None
+    rows = n if varlen else segments * n
+    device = tokens.device
+    inv_norm = torch.empty(rows, dtype=torch.float32, device=device)
+    scale = torch.empty_like(inv_norm)
+    scores = torch.empty_like(inv_norm) if score else None
+    sums = torch.empty((planes, rows), dtype=torch.int64, device=device) if planes else None
+    if rows:
+        slots, total = slot_count(segments, n, BLOCK_ROWS, varlen)
+        aligned_strides = dense_layout(aligned, cu_seqlens)[2] if aligned is not None else [0, 0, 0]
+        with device_guard(tokens):
+            token_kernel[(total,)](
+                tokens,
+                tokens if aligned is None else aligned,
+                inv_norm if mean_query is None else mean_query,
+                inv_norm if cu_seqlens is None else cu_seqlens,
+                inv_norm,
+                scale,
+                scores if score else inv_norm,
+                inv_norm if score_range is None else score_range,
+                inv_norm if sums is None else sums,
+                *strides,
+                *aligned_strides,
+                mean_query.stride(0) if mean_query is not None and mean_query.shape[0] > 1 else 0,
+                segments,
+                n,
+                tokens.shape[-1],
+                tokens.shape[-1] if aligned is None else aligned.shape[-1],
+                slots,
+                rows,
+                BEST=best,
+                PLANES=planes,
+                QUERY=mean_query is not None,
+                SCORE=score,
+                ALIGNED=aligned is not None,
+                VARLEN=varlen,
+                BR=BLOCK_ROWS,
+                BC=BLOCK_COLS,
+                SCALED=tokens.dtype != torch.float16,
+                SAFE=SAFE_EXPONENT,
+                num_warps=STATS_WARPS,
+            )
+    return inv_norm, scale, scores, sums
 
 
 def launch_token_stats(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,22 +418,5 @@ def launch_token_stats(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     Returns `inv_norm` (B, N) fp32 (1/|scale * x|; 0 for a zero row, -1 for a row holding NaN or Inf) and `scale`
     (B, N) fp32 (an exact power of two, 1 for almost every row), which `dot_tile` takes.
     """
-    batch, n, d = tokens.shape
-    inv_norm = torch.empty((batch, n), dtype=torch.float32, device=tokens.device)
-    scale = torch.empty_like(inv_norm)
-    if batch and n:
-        with device_guard(tokens):
-            token_stats_kernel[(triton.cdiv(n, BLOCK_ROWS), batch)](
-                tokens,
-                inv_norm,
-                scale,
-                *tokens.stride(),
-                n,
-                d,
-                BR=BLOCK_ROWS,
-                BC=BLOCK_COLS,
-                SCALED=tokens.dtype != torch.float16,
-                SAFE=SAFE_EXPONENT,
-                num_warps=STATS_WARPS,
-            )
-    return inv_norm, scale
+    inv_norm, scale, _, _ = launch_token_pass(tokens)
+    return inv_norm.view(tokens.shape[:2]), scale.view(tokens.shape[:2])

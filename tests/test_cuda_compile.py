@@ -1,4 +1,4 @@
-"""The CUDA sources compiled by nvcc for every target, against the headers of whatever torch is installed, a CPU one too."""
+"""The CUDA sources compiled by nvcc for every target, against the headers of the installed torch, a CPU one too."""
 
 import pathlib
 import re
@@ -33,24 +33,8 @@ KERNEL_REPORT = re.compile(
 def compile_cuda(source: pathlib.Path, output: pathlib.Path, *flags: str) -> str:
     """Compiles for all targets and returns what ptxas says of the kernels."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    command = [
-        str(NVCC),
-        "-std=c++17",
-        "-O3",
-        "-c",
-        "-Xptxas=-v",
-        "-Werror=all-warnings",
-        "-Xcompiler=-fPIC,-Wall",
-    ]
-    command += [
-        *targets,
-        "--threads=2",
-        f"-I{CSRC}",
-        *flags,
-        str(source),
-        "-o",
-        str(output),
-    ]
+    command = [str(NVCC), "-std=c++17", "-O3", "-c", "-Xptxas=-v", "-Werror=all-warnings", "-Xcompiler=-fPIC,-Wall"]
+    command += [*targets, "--threads=2", f"-I{CSRC}", *flags, str(source), "-o", str(output)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -60,12 +44,7 @@ def compile_cuda(source: pathlib.Path, output: pathlib.Path, *flags: str) -> str
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
     """The object of one source, and ptxas's report."""
     output = tmp_path_factory.mktemp("cuda_compile") / f"{request.param.stem}.o"
-    stable = [
-        "-isystem",
-        str(TORCH / "include"),
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DUSE_CUDA",
-    ]
+    stable = ["-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
     return output, compile_cuda(request.param, output, *stable)
 
 
@@ -78,11 +57,7 @@ def test_no_kernel_spills_on_any_target(compiled: tuple[pathlib.Path, str]) -> N
     assert {int(kernel["architecture"]) for kernel in kernels} == set(ARCHITECTURES), compiled[1]
     for kernel in kernels:
         shared = re.search(r"(\d+) bytes smem", kernel["rest"])
-        assert [kernel[key] for key in ("stack", "stores", "loads")] == [
-            "0",
-            "0",
-            "0",
-        ], kernel
+        assert [kernel[key] for key in ("stack", "stores", "loads")] == ["0", "0", "0"], kernel
         assert int(kernel["registers"]) <= MOST_REGISTERS, kernel
         assert shared is None or int(shared[1]) <= STATIC_SHARED_BYTES, kernel
 

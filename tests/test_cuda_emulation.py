@@ -25,33 +25,19 @@ ORDERS = (FORWARD, REVERSE, SHUFFLED)
 SANITIZERS = {
     "plain": ([], []),
     "asan": (
-        [
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-            "-fsanitize-sections=emulated_shared",
-        ],
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=emulated_shared"],
         ["-DEMULATION_ASAN"],
     ),
     "tsan": (["-fsanitize=thread"], ["-DEMULATION_TSAN"]),
 }
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None,
-    reason="the emulation is built with g++ on Linux",
+    sys.platform != "linux" or shutil.which("g++") is None, reason="the emulation is built with g++ on Linux"
 )
 
 
 def compile_cpp(*arguments: str | pathlib.Path) -> None:
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        *map(str, arguments),
-    ]
+    command = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -62,37 +48,19 @@ class Builds:
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
 
-    def program(
-        self,
-        source: str,
-        sanitizer: str,
-        *,
-        window: int | None = None,
-        kernel: str | None = None,
-    ) -> str:
+    def program(self, source: str, sanitizer: str, *, window: int | None = None, kernel: str | None = None) -> str:
         """The executable of `source`; `kernel`, if given, replaces the text of the kernel's file."""
         flags, engine_flags = SANITIZERS[sanitizer]
         engine = self.folder / f"engine_{sanitizer}.o"
         if not engine.exists():
-            compile_cpp(
-                "-c",
-                *engine_flags,
-                "-I",
-                EMULATION,
-                EMULATION / "emulation.cpp",
-                "-o",
-                engine,
-            )
+            compile_cpp("-c", *engine_flags, "-I", EMULATION, EMULATION / "emulation.cpp", "-o", engine)
         program = self.folder / f"{source}_{sanitizer}_{window}_{hash(kernel):x}"
         if program.exists():
             return str(program)
         source_path = EMULATION / f"{source}.cpp"
         if kernel is not None:
             root = self.folder / f"root_{hash(kernel):x}"
-            for path, text in (
-                (source_path, source_path.read_text()),
-                (KERNEL, kernel),
-            ):
+            for path, text in ((source_path, source_path.read_text()), (KERNEL, kernel)):
                 copy = root / path.relative_to(HERE.parent)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_text(text)
@@ -111,32 +79,16 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
 
 
 def run_primitive(program: str, name: str, order: int, seed: int = 3) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [program, name, str(order), str(seed)],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    return subprocess.run([program, name, str(order), str(seed)], check=False, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_emulated_primitives_do_what_cuda_specifies(builds: Builds, sanitizer: str) -> None:
     program = builds.program("primitives", sanitizer)
-    for name in (
-        "shuffles",
-        "votes",
-        "barriers",
-        "atomics",
-        "warp_exchange",
-        "refused_launch",
-    ):
+    for name in ("shuffles", "votes", "barriers", "atomics", "warp_exchange", "refused_launch"):
         for order in ORDERS:
             done = run_primitive(program, name, order)
-            assert (done.returncode, done.stdout) == (0, "ok\n"), (
-                name,
-                order,
-                done.stderr,
-            )
+            assert (done.returncode, done.stdout) == (0, "ok\n"), (name, order, done.stderr)
 
 
 FAULTS = {
@@ -155,7 +107,8 @@ def test_a_misused_primitive_is_reported_in_every_order(builds: Builds, fault: s
     program = builds.program("primitives", "plain")
     for order in ORDERS:
         done = run_primitive(program, fault, order)
-        assert done.returncode == 70 and FAULTS[fault] in done.stderr, (order, done)
+        assert done.returncode == 70, (order, done)
+        assert FAULTS[fault] in done.stderr, (order, done)
 
 
 @pytest.mark.parametrize("fault", ["missing_barrier", "missing_syncwarp"])
@@ -171,7 +124,8 @@ def test_a_missing_barrier_is_caught_even_where_the_result_is_right(builds: Buil
 def test_a_hidden_race_is_a_race_to_thread_sanitizer(builds: Builds) -> None:
     done = run_primitive(builds.program("primitives", "tsan"), "hidden_race", FORWARD)
     assert done.stdout == "ok\n", "in this order the result is right"
-    assert done.returncode != 0 and "ThreadSanitizer: data race" in done.stderr
+    assert done.returncode != 0
+    assert "ThreadSanitizer: data race" in done.stderr
 
 
 @pytest.mark.parametrize("fault", ["outside_shared", "outside_global"])
@@ -197,15 +151,7 @@ class Case:
     def encode(self) -> bytes:
         batch, length = self.ranking.shape
         strides = [s // a.itemsize for a in (self.ranking, self.mask) for s in a.strides]
-        header = [
-            self.order,
-            self.seed,
-            batch,
-            self.mask.shape[1],
-            length,
-            self.keep,
-            *strides,
-        ]
+        header = [self.order, self.seed, batch, self.mask.shape[1], length, self.keep, *strides]
         parts = [np.array(header, np.int64).tobytes()]
         for view in (self.ranking, self.mask):
             last = sum((n - 1) * s // view.itemsize for n, s in zip(view.shape, view.strides, strict=True))
@@ -238,12 +184,7 @@ def test_model_on_a_case_worked_by_hand() -> None:
 
 
 def execute(program: str, cases: list[Case]) -> None:
-    done = subprocess.run(
-        [program],
-        input=b"".join(case.encode() for case in cases),
-        check=False,
-        capture_output=True,
-    )
+    done = subprocess.run([program], input=b"".join(case.encode() for case in cases), check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     written = np.frombuffer(done.stdout, np.int64)
     assert written.size == sum(case.ranking.shape[0] * case.keep for case in cases)
@@ -254,14 +195,7 @@ def execute(program: str, cases: list[Case]) -> None:
 
 
 def make_case(
-    rng: np.random.Generator,
-    tokens: int,
-    length: int,
-    keep: int,
-    *,
-    batch: int,
-    density: float,
-    **kw,
+    rng: np.random.Generator, tokens: int, length: int, keep: int, *, batch: int, density: float, **kw
 ) -> Case:
     ranking = np.stack([rng.permutation(tokens)[:length] for _ in range(batch)]).astype(np.int64)
     return Case(ranking, rng.random((batch, tokens)) < density, keep, **kw)
@@ -269,34 +203,14 @@ def make_case(
 
 def valid_cases() -> list[Case]:
     rng = np.random.default_rng(0)
-    shapes = [
-        (1, 1, 1),
-        (2, 2, 1),
-        (2, 2, 2),
-        (31, 31, 7),
-        (33, 32, 32),
-        (64, 33, 5),
-        (65, 65, 65),
-        (100, 50, 25),
-    ]
+    shapes = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (31, 31, 7), (33, 32, 32), (64, 33, 5), (65, 65, 65), (100, 50, 25)]
     shapes += [(577, 128, 64), (577, 577, 1), (1300, 1281, 640)]
     cases = []
     for number, (tokens, length, keep) in enumerate(shapes):
         for density in (0.0, 0.1, 0.75, 1.0):
             batch = 3 if tokens < 200 else 1
             order = ORDERS[(number + len(cases)) % 3]
-            cases.append(
-                make_case(
-                    rng,
-                    tokens,
-                    length,
-                    keep,
-                    batch=batch,
-                    density=density,
-                    order=order,
-                    seed=number,
-                )
-            )
+            cases.append(make_case(rng, tokens, length, keep, batch=batch, density=density, order=order, seed=number))
     return cases
 
 
@@ -305,12 +219,7 @@ def broken_cases() -> list[Case]:
     rng = np.random.default_rng(1)
     wild = np.array([-1, -(2**63), 2**63 - 1, 2**40, -(2**31)], np.int64)
     cases = []
-    for tokens, length, keep in (
-        (40, 20, 10),
-        (130, 70, 65),
-        (5, 5, 5),
-        (577, 577, 288),
-    ):
+    for tokens, length, keep in ((40, 20, 10), (130, 70, 65), (5, 5, 5), (577, 577, 288)):
         for order in ORDERS:
             case = make_case(rng, tokens, length, keep, batch=3, density=0.5, order=order)
             outside = rng.random(case.ranking.shape) < 0.4
@@ -398,4 +307,5 @@ def test_an_unchecked_index_would_be_caught(builds: Builds) -> None:
     program = builds.program("mask_intersect", "asan", kernel=kernel)
     case = broken_cases()[0]
     done = subprocess.run([program], input=case.encode(), check=False, capture_output=True)
-    assert done.returncode != 0 and b"AddressSanitizer" in done.stderr
+    assert done.returncode != 0
+    assert b"AddressSanitizer" in done.stderr

@@ -51,7 +51,7 @@ def round_sizes(n, keep, rounds, ROUND: tl.constexpr):
 def gsp_keep(n, keep, drop_bits, VARLEN: tl.constexpr):
     """Tokens that GSP keeps: given for images, n - floor(gsp_drop * n) in double arithmetic for segments."""
     if VARLEN:
-        share = drop_bits.to(tl.float64, bitcast=True)
+        share = drop_bits.to(tl.int64).to(tl.float64, bitcast=True)
         keep = n - tl.floor(n.to(tl.float64) * share).to(tl.int32)
     return keep
 
@@ -88,7 +88,7 @@ def load_sums(p_sums, o_flat, m_s, rows, destinations):
     return b_degree, b_mean, b_density
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["drop_bits"])
 def match_kernel(
     p_tokens,
     p_inv,

@@ -18,7 +18,7 @@ BLOCK_SOURCES = 1024
 SELECT_WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["drop_bits"])
 def select_kernel(
     p_sums,  # (PLANES, rows) int64; left cleared
     p_list,  # int32 survivors of each segment before this round; read when ROUND > 0

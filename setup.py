@@ -27,7 +27,7 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs the libraries into the package: in the source tree, or where a wheel is staged."""
+    """Configures, builds and installs the libraries into the package, in the source tree or where a wheel is staged."""
 
     def destination(self) -> Path:
         if self.inplace or self.editable_mode:
@@ -50,6 +50,8 @@ class CMakeBuild(build_ext):
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.check_call([cmake, "-S", str(SOURCE), "-B", str(build), "-G", "Ninja", *definitions])
         subprocess.check_call([cmake, "--build", str(build)])
+        for stale in self.destination().glob("_C_*.so"):  # such as a CUDA library from before SCRIPT_KERNELS_CUDA=0
+            stale.unlink()
         subprocess.check_call([cmake, "--install", str(build), "--prefix", str(self.destination())])
 
     def get_outputs(self) -> list[str]:

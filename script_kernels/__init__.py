@@ -1,8 +1,8 @@
 """Exact, fast visual-token pruning for vision-language models.
 
-`import script_kernels` registers the ops as `torch.ops.script.*` and offers them as functions: `prune` and `prune_varlen`, and
-the stages `query_relevance`, `bipartite_match`, `gsp`, `dpp_map`, `qcsp` and `mask_intersect`. Without PyTorch only
-`script_kernels.numpy` works.
+`import script_kernels` registers the ops as `torch.ops.script.*` and offers them as functions: `prune`, `prune_varlen`,
+and their stages `query_relevance`, `bipartite_match`, `gsp`, `dpp_map`, `qcsp` and `mask_intersect`. Without PyTorch
+only `script_kernels.numpy` works.
 """
 
 import importlib.util

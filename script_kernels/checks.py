@@ -1,11 +1,13 @@
-"""Argument checks, one function per op, with the op's arguments: ValueError (values, shapes, devices) or TypeError (dtypes, types).
+"""Argument checks, one function per op, with the op's arguments in order.
 
-Messages read `argument: expected what, got what came`; csrc/common/op_checks.hpp says the same to direct callers of the CPU
-ops. Fakes call these functions too, with symbolic sizes under torch.compile(dynamic=True) and torch.export. A symbolic
-comparison is neither True nor False until somebody asks, and asking would specialise the program on this size: a check
-therefore fails only where its condition `is False`, and the compiled program is checked by the op when it runs.
+They raise ValueError (values, shapes, devices) or TypeError (dtypes, types) with a message `argument: expected what,
+got what came`; csrc/common/op_checks.hpp says the same to direct callers of the CPU ops. Fakes call these functions
+too, with symbolic sizes under torch.compile(dynamic=True) and torch.export. A symbolic comparison is neither True nor
+False until somebody asks, and asking would specialise the program on this size: a check therefore fails only where its
+condition `is False`, and the compiled program is checked by the op when it runs.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -307,10 +309,10 @@ def prune_varlen(
 
 
 def segments(starts: Sequence[int], total: int, keep: Sequence[int], gsp_drop: float, rounds: int) -> None:
-    """Checks the values of `cu_seqlens` (as a list) against the tokens and `keep`; after `prune_varlen`'s other checks."""
+    """Checks the values of `cu_seqlens` (as a list) against the tokens and `keep`; call `prune_varlen` first."""
     if starts[0] != 0:
         raise ValueError(f"cu_seqlens: expected a start at 0, got {starts[0]}")
-    for before, after in zip(starts, starts[1:], strict=False):
+    for before, after in itertools.pairwise(starts):
         if after < before:
             raise ValueError(f"cu_seqlens: expected ascending values, got {after} after {before}")
     if starts[-1] != total:

@@ -1,6 +1,7 @@
 """Loads the compiled libraries and remembers, for each that is not there, why."""
 
 import dataclasses
+import functools
 import pathlib
 
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
@@ -26,8 +27,9 @@ class Library:
         )
 
 
+@functools.cache
 def load(name: str) -> Library:
-    """Loads `name` (`_C_cpu`, `_C_cuda`), whose static initialisers register its ops with torch."""
+    """Loads `name` (`_C_cpu`, `_C_cuda`), whose static initialisers register its ops with torch; once per process."""
     import torch
 
     if name == "_C_cuda" and torch.version.cuda is None:

@@ -4,11 +4,12 @@ CPU implementations come from the library `_C_cpu`, CUDA ones from `script_kerne
 `_C_cuda`); both libraries use the schemas defined here. Calls on a device whose implementation is not there say what is
 missing.
 
-The ops select indices and scores and have no derivative. The Autograd key is a fallthrough, which costs nothing per call and
-leaves every output without a gradient function, so that a backward through one fails at once. (With no registration at all,
-torch's fallback would mark the float outputs as requiring grad and only warn during backward. A torch.autograd.Function
-that marks them as non-differentiable would do the same as the fallthrough for 10 us a call.) A fallthrough does not switch
-autograd off for what runs below it, so the CUDA entries, which are Python, do that themselves.
+The ops select indices and scores and have no derivative. Their Autograd key is a fallthrough: it costs nothing per call
+and leaves outputs without a gradient function, so that a backward through one fails at once. With no registration at
+all, torch's fallback would mark the float outputs as requiring grad and warn in the backward only. A
+torch.autograd.Function that marks them as not differentiable would do the same as the fallthrough, at the price of a
+Python call. A fallthrough does not switch autograd off for what runs below it, so the CUDA entries, which are Python,
+do that themselves.
 """
 
 import importlib
@@ -29,10 +30,10 @@ SCHEMAS = (
     "qcsp(Tensor tokens, Tensor relevance, int k) -> (Tensor indices, Tensor gains)",
     "mask_intersect(Tensor ranking, Tensor mask, int k) -> Tensor",
     "prune(Tensor tokens, Tensor? query, int keep, *, Tensor? aligned=None, Tensor? query_mask=None, "
-    "bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine='intersect', float threshold=0.2, "
+    'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, '
     "float gamma=1.0, int min_degree=4, int rounds=1) -> Tensor",
     "prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, int[] keep, *, Tensor? aligned=None, "
-    "bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine='intersect', float threshold=0.2, "
+    'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, '
     "float gamma=1.0, int min_degree=4, int rounds=1) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from script_kernels import reference
+
 KINDS = ("gaussian", "clustered", "powerlaw", "photo")
 
 ADVERSARIAL = (
@@ -232,7 +234,7 @@ def certify(kernel64: Tensor, indices: Tensor, *, tol: float = 1e-5) -> Tensor:
 
 def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -> np.ndarray:
     N, k = K.shape[0], len(indices)
-    residual = np.diag(K).copy()
+    residual = np.maximum(np.diag(K), 0.0)
     free = np.ones(N, dtype=bool)
     factor = np.zeros((k, N))
     gains = np.zeros(k)
@@ -246,13 +248,13 @@ def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -
             f"{where}: picked token {pick} of residual {residual[pick]:.9g}, but token {best} has {residual[best]:.9g} "
             f"(largest K_ii {scale:.9g})"
         )
-        gains[t] = max(residual[pick], 0.0)
+        gains[t] = residual[pick]
         free[pick] = False
-        # A pivot below this is float64 rounding error; the step above has then passed by the tolerance alone, as will
-        # all later ones.
-        if residual[pick] > 1e-10 * scale:
+        # Smaller pivots only come past the rank, where the rule has no updates; a kernel rounded to float32 is not
+        # positive semidefinite to better than this.
+        if residual[pick] > 1e-7 * scale:
             factor[t] = (K[pick] - factor[:t, pick] @ factor[:t]) / math.sqrt(residual[pick])
-            residual -= factor[t] ** 2
+            residual = np.maximum(residual - factor[t] ** 2, 0.0)
     return gains
 
 
@@ -271,6 +273,32 @@ def greedy_margin(kernel64: Tensor, k: int) -> float:
         K -= np.outer(K[:, first], K[first]) / K[first, first]
         free[first] = False
     return float(margin)
+
+
+def gsp_is_clear_cut(
+    tokens: Tensor, keep: int, *, threshold: float = 0.2, gamma: float = 1.0, min_degree: int = 4, rounds: int = 1
+) -> bool:
+    """Whether float32 rounding cannot change what gsp keeps of tokens (1, N, D).
+
+    In every round, no cosine is within 1e-6 of the threshold, and the last token dropped leads the first one kept by
+    1e-5 of its score.
+    """
+    quotas = reference.gsp_quotas(tokens.shape[1], keep, rounds)
+    assert quotas is not None, "keep cannot be reached"
+    left = torch.arange(tokens.shape[1])
+    for quota in quotas:
+        sources, destinations = tokens[:, left[0::2]], tokens[:, left[1::2]]
+        cosines = reference.cosine(sources, destinations, torch.float64)
+        if ((cosines - threshold).abs() <= 1e-6).any():
+            return False
+        _, _, degree, mean, density = reference.bipartite_match(tokens[:, left], threshold, dtype=torch.float64)
+        rho = reference.redundancy_score(degree, mean, density, threshold, gamma, min_degree)[0]
+        score, order = rho.sort(descending=True)
+        if 0 < quota < len(score) and score[quota - 1] - score[quota] <= 1e-5 * max(1.0, abs(float(score[quota - 1]))):
+            return False
+        gone = set(left[0::2][order[:quota]].tolist())
+        left = torch.tensor([i for i in left.tolist() if i not in gone])
+    return True
 
 
 def certify_fallback(indices: Tensor, gains: Tensor, order: Tensor, bad: Tensor) -> None:

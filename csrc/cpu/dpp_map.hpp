@@ -29,9 +29,11 @@ class DenseSource {
   // Columns [start, start + columns) of a row, zero padded to a panel, with 0 for what is not finite.
   void row(int64_t i, int64_t start, int64_t columns, float* out) const {
     const float* x = kernel_.data + i * kernel_.row_stride + start * kernel_.column_stride;
-    for (int64_t c = 0; c < columns; ++c) {
-      const float value = x[c * kernel_.column_stride];
-      out[c] = value - value == 0.0f ? value : 0.0f;
+    if (kernel_.column_stride == 1) {
+      simd().finite_row(x, columns, out);
+    } else {
+      for (int64_t c = 0; c < columns; ++c) out[c] = x[c * kernel_.column_stride];
+      simd().finite_row(out, columns, out);
     }
     for (int64_t c = columns; c < kPanel; ++c) out[c] = 0.0f;
   }
@@ -100,8 +102,8 @@ inline void greedy_map_by_rows(const DenseSource& source, const GreedyProblem& p
 
 }  // namespace detail
 
-// Below this many Cholesky entries the rows stay in cache and plain steps win over pools.
-inline constexpr int64_t kByRowsLimit = 45000;
+// Up to this many Cholesky entries (512 KiB) the rows stay in the L2 cache and plain steps win over pools.
+inline constexpr int64_t kByRowsLimit = 131072;
 
 // One image. Past the rank picks go by K_ii, which stands in for the relevance a bare kernel does not tell.
 inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float* gains, const Parallel& parallel) {

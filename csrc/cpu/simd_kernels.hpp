@@ -117,6 +117,13 @@ void scale_row(const float* x, float scale, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale;
 }
 
+void finite_row(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = float_to_bits(x[i]);
+    out[i] = bits_to_float((bits & 0x7f800000u) == 0x7f800000u ? 0u : bits);
+  }
+}
+
 // ---- packing ----------------------------------------------------------------------------------------------------
 
 // Swaps the off-diagonal blocks of size kHalf of a square of lanes; the stages 1, 2, 4, ... transpose it.
@@ -405,6 +412,7 @@ constexpr SimdOps make_ops(const char* name) {
       widen_f16,
       row_stats,
       scale_row,
+      finite_row,
       pack,
       gemm,
 #if defined(SCRIPT_SIMD_BF16)

@@ -57,7 +57,7 @@ def make_tokens(
         scale = torch.arange(1, D + 1, dtype=torch.float32).reciprocal()
         mixing = torch.randn(D, D, generator=generator) / math.sqrt(D)
         x = (torch.randn(B, N, D, generator=generator) * scale) @ mixing
-        x = x + x.std() * torch.randn(D, generator=generator)
+        x = x + x.square().mean().sqrt() * torch.randn(D, generator=generator)
     elif kind == "photo":
         x = _photo_patches(B, N)
         x = x @ (torch.randn(x.shape[2], D, generator=generator) / math.sqrt(x.shape[2]))

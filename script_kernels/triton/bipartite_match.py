@@ -268,3 +268,15 @@ def launch_bipartite_match(
                 sums, best, match, degree, mean, density, segments, n, slots, sums.shape[1], BLOCK=BLOCK_FINISH
             )
     return best, match, degree, mean, density
+
+
+def _example(dtype: torch.dtype, n: int = 576) -> tuple[torch.Tensor, ...]:
+    return launch_bipartite_match(torch.empty(8, n, 1024, dtype=dtype, device="meta"))
+
+
+LAUNCH_TABLE = (
+    ("bf16", lambda: _example(torch.bfloat16)),
+    ("fp16", lambda: _example(torch.float16)),
+    ("fp32", lambda: _example(torch.float32)),
+    ("bf16 N=1", lambda: _example(torch.bfloat16, 1)),
+)

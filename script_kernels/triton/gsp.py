@@ -221,3 +221,14 @@ def launch_gsp(
         keep=keep,
     )
     return mask.view(segments, n), redundancy.view(segments, n)
+
+
+def _example(dtype: torch.dtype, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_gsp(torch.empty(8, 576, 1024, dtype=dtype, device="meta"), 432, rounds=rounds)
+
+
+LAUNCH_TABLE = (
+    ("bf16", lambda: _example(torch.bfloat16, 1)),
+    ("bf16 2 rounds", lambda: _example(torch.bfloat16, 2)),
+    ("fp32 2 rounds", lambda: _example(torch.float32, 2)),
+)

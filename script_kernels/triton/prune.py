@@ -19,8 +19,8 @@ import triton.language as tl
 
 from .bipartite_match import PLANES, add_sums, tile_sums
 from .dpp_map import launch_greedy, plan_greedy
-from .gsp import double_bits, launch_select
-from .kernel_matrix import CHUNK, CLEAR_BLOCK, FANOUT, TILES
+from .gsp import launch_select
+from .kernel_matrix import CHUNK, CLEAR_BLOCK, TILES
 from .query_relevance import launch_mean_query, min_max
 from .tokens import (
     cosine_tile,
@@ -34,6 +34,7 @@ from .tokens import (
 )
 
 WIDEST = 8192  # L of an image of more tokens is not kept in memory
+FANOUT = 16  # programs that share one row of tiles
 BLOCK_RANKS = 1024
 INTERSECT_WARPS = 4
 
@@ -443,3 +444,21 @@ def launch_prune(
         min_degree=min_degree,
         rounds=rounds,
     ).view(batch, keep)
+
+
+def _example(dtype: torch.dtype, *, query: bool = True, aligned: bool = False, combine: str = "intersect") -> torch.Tensor:
+    tokens = torch.empty(8, 576, 4096, dtype=dtype, device="meta")
+    return launch_prune(
+        tokens,
+        torch.empty(8, 20, 1024 if aligned else 4096, dtype=dtype, device="meta") if query else None,
+        64,
+        torch.empty(8, 576, 1024, dtype=dtype, device="meta") if aligned else None,
+        combine=combine,
+    )
+
+
+LAUNCH_TABLE = (
+    ("bf16", lambda: _example(torch.bfloat16)),
+    ("fp16 no query", lambda: _example(torch.float16, query=False)),
+    ("fp32 aligned, restrict", lambda: _example(torch.float32, aligned=True, combine="restrict")),
+)

@@ -152,3 +152,16 @@ def launch_prune_varlen(
         counts=counts,
         limits=limits,
     )
+
+
+def _example(dtype: torch.dtype, rounds: int) -> torch.Tensor:
+    tokens = torch.empty(2880, 4096, dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(6, dtype=torch.int32, device="meta")
+    query = torch.empty(1, 20, 4096, dtype=dtype, device="meta")
+    return launch_prune_varlen(tokens, cu_seqlens, query, [32] * 5, rounds=rounds)
+
+
+LAUNCH_TABLE = (
+    ("bf16", lambda: _example(torch.bfloat16, 1)),
+    ("fp32 2 rounds", lambda: _example(torch.float32, 2)),
+)

@@ -161,3 +161,17 @@ def launch_query_relevance(
                 score, score_range, relevance, segments, n, slots, BLOCK=BLOCK_SCORES, num_warps=SCORE_WARPS
             )
     return relevance
+
+
+def _example(dtype: torch.dtype, masked: bool) -> torch.Tensor:
+    tokens = torch.empty(8, 576, 1024, dtype=dtype, device="meta")
+    query = torch.empty(8, 20, 1024, dtype=dtype, device="meta")
+    mask = torch.empty(8, 20, dtype=torch.bool, device="meta") if masked else None
+    return launch_query_relevance(tokens, query, mask)
+
+
+LAUNCH_TABLE = (
+    ("bf16", lambda: _example(torch.bfloat16, False)),
+    ("fp16 masked", lambda: _example(torch.float16, True)),
+    ("fp32", lambda: _example(torch.float32, False)),
+)

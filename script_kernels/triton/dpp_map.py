@@ -43,38 +43,45 @@ BLOCKS = {
     256: (4, 16),
     512: (4, 16),
     1024: (8, 16),
-    2048: (16, 8),
-    4096: (32, 8),
-    8192: (32, 4),
+    2048: (16, 4),
+    4096: (16, 2),
 }
 # Rows of L made from the tokens: the tile that sums over the features has one layout for all widths.
-FEATURE_BLOCKS = {128: (8, 16), 256: (8, 16), 512: (8, 16), 1024: (8, 16), 2048: (8, 8)}
+FEATURE_BLOCKS = {128: (8, 16), 256: (8, 16), 512: (8, 16), 1024: (8, 8), 2048: (8, 4)}
 FEATURE_ROWS, FEATURE_COLS = 64, 64
+
+# In the place of a residual, which is never negative
+BAD = tl.constexpr(-1.0)  # a token with NaN or Inf
+TAKEN = tl.constexpr(-2.0)  # a token that is picked or does not exist
 
 
 @triton.jit
-def pick_keys(b_residual, b_level, p_order, stride_order, o_n, m_n, exhausted):
+def pick_keys(b_residual, p_tier, p_order, stride_order, o_n, m_n, exhausted, TIERS: tl.constexpr):
     """int64 keys of the columns, larger is better: level (2 bits), value (32), inverted index (29); 0 if not free."""
-    b_value = b_residual.to(tl.int32, bitcast=True)
-    if exhausted > 0:
+    b_level = tl.where(b_residual >= 0.0, 2, tl.where(b_residual == BAD, 1, 0))
+    b_value = tl.where(b_residual >= 0.0, b_residual, 0.0).to(tl.int32, bitcast=True)
+    if TIERS:
+        b_tier = tl.load(p_tier + o_n, mask=m_n, other=0)
+        b_level = tl.where((b_residual >= 0.0) & (b_tier != 0), 3, b_level)
+    if exhausted > 1:
         b_order = order_key(tl.load(p_order + o_n.to(tl.int64) * stride_order, mask=m_n, other=0.0))
-        b_value = tl.where(b_level == exhausted, tl.where(b_level > 1, b_order, 0), b_value)
+        b_value = tl.where(b_level == exhausted, b_order, b_value)
     b_key = (b_level.to(tl.int64) << 61) | ((b_value.to(tl.int64) + 0x80000000) << 29) | (0x1FFFFFFF - o_n).to(tl.int64)
     return tl.where(b_level > 0, b_key, 0)
 
 
 @triton.jit
 def initial_residual(p_order, stride_order, p_inv, o_n, m_n, RELEVANCE: tl.constexpr):
-    """L_ii of the columns, and whether they are tokens without NaN or Inf."""
+    """L_ii of the columns; BAD for tokens with NaN or Inf, TAKEN past the end."""
     b_order = tl.load(p_order + o_n.to(tl.int64) * stride_order, mask=m_n, other=0.0)
     if RELEVANCE:
         b_inv = tl.load(p_inv + o_n, mask=m_n, other=0.0)
         m_good = (tl.abs(b_order * b_order) < float("inf")) & (b_inv >= 0.0)
-        b_residual = tl.where(m_good & (b_inv > 0.0), b_order * b_order, 0.0)
+        b_residual = tl.where(b_inv > 0.0, b_order * b_order, 0.0)
     else:
         m_good = tl.abs(b_order) < float("inf")
-        b_residual = tl.where(m_good & (b_order > 0.0), b_order, 0.0)
-    return b_residual, m_good
+        b_residual = tl.where(b_order > 0.0, b_order, 0.0)
+    return tl.where(m_n, tl.where(m_good, b_residual, BAD), TAKEN)
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def feature_row(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """L[j, :] from the tokens, at the columns of this program."""
+    """L[j, :] from the tokens, at the columns of this program; a token with residual left is no zero row."""
     p_xj = p_x + j.to(tl.int64) * stride_xn
     b_scale_j = tl.load(p_scale + j)
     b_inv_j = tl.load(p_inv + j)
@@ -114,7 +121,7 @@ def feature_row(
         b_inv = tl.load(p_inv + o_r, mask=m_r, other=0.0)
         b_r = finite_relevance(tl.load(p_relevance + o_r, mask=m_r, other=0.0))
         b_row = (tl.sum(b_dot, axis=1) * (b_inv * b_inv_j)) * (b_r * b_r_j)
-        tl.store(p_row + o_r, tl.where((b_inv > 0.0) & (b_inv_j > 0.0), b_row, 0.0), mask=m_r)
+        tl.store(p_row + o_r, tl.where(b_inv > 0.0, b_row, 0.0), mask=m_r)
 
 
 @triton.jit
@@ -135,7 +142,6 @@ def greedy_kernel(
     p_row,  # fp32, one per token, used when FEATURES
     p_slots,  # int64 [rounds, n_slots], cleared, used when GRID
     p_residual,  # fp32, one per token, used unless RESIDENT
-    p_level,  # int32, one per token, used unless RESIDENT
     p_progress,  # int32 [n_slots, 8], used unless RESIDENT
     stride_kb,
     stride_kn,
@@ -200,21 +206,16 @@ def greedy_kernel(
     o_n = i_g * BN + tl.arange(0, BN)
     m_n = o_n < n
 
-    # Residuals and levels of this program's columns; t picks, m rows of C, the level found exhausted, picks counted
+    # Residuals of this program's columns; t picks, m rows of C, the level found exhausted, picks counted
     t = tl.full([], 0, tl.int32)
     m = tl.full([], 0, tl.int32)
     exhausted = tl.full([], 0, tl.int32)
     count = tl.full([], 0, tl.int32)
     top = tl.full([], 0.0, tl.float32)
     if round_from < 0:
-        b_residual, m_good = initial_residual(p_o, stride_order, p_inv + first, o_n, m_n, RELEVANCE)
-        b_level = tl.where(m_n, tl.where(m_good, 2, 1), 0)
-        if TIERS:
-            b_tier = tl.load(p_tier + first + o_n, mask=m_n, other=0)
-            b_level = tl.where(m_good & m_n & (b_tier != 0), 3, b_level)
+        b_residual = initial_residual(p_o, stride_order, p_inv + first, o_n, m_n, RELEVANCE)
     else:
-        b_residual = tl.load(p_residual + first + o_n, mask=m_n, other=0.0)
-        b_level = tl.load(p_level + first + o_n, mask=m_n, other=0)
+        b_residual = tl.load(p_residual + first + o_n, mask=m_n, other=TAKEN)
         t = tl.load(p_state)
         m = tl.load(p_state + 1)
         exhausted = tl.load(p_state + 2)
@@ -226,10 +227,10 @@ def greedy_kernel(
     if TIERS:
         for i_n in range(0, n, BN):
             o_a = i_n + tl.arange(0, BN)
-            b_diag, _ = initial_residual(p_o, stride_order, p_inv + first, o_a, o_a < n, RELEVANCE)
+            b_diag = initial_residual(p_o, stride_order, p_inv + first, o_a, o_a < n, RELEVANCE)
             top_rest = tl.maximum(top_rest, tl.max(b_diag, axis=0))
 
-    best = tl.max(pick_keys(b_residual, b_level, p_o, stride_order, o_n, m_n, exhausted), axis=0)
+    best = tl.max(pick_keys(b_residual, p_tier + first, p_o, stride_order, o_n, m_n, exhausted, TIERS), axis=0)
     i_round = tl.maximum(round_from, 0)
     if GRID:
         if (round_from < 0) & (n_g > 1):
@@ -259,7 +260,7 @@ def greedy_kernel(
             if i_g == 0:
                 tl.store(p_i + t, j.to(tl.int64))
                 tl.store(p_g + t, tl.where(ranked, gain, 0.0))
-            b_level = tl.where(o_n == j, 0, b_level)
+            b_residual = tl.where(o_n == j, TAKEN, b_residual)
             if STOP:
                 count += tl.load(p_stop + first + j).to(tl.int32)
             t += 1
@@ -296,13 +297,14 @@ def greedy_kernel(
                         b_c = tl.load(p_cm + o_n, mask=o_n < tl.where(m_c, n, 0), other=0.0)
                         b_sum = tl.fma(b_c, tl.broadcast_to(b_cj, [BN]), b_sum)
                 b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
-                b_residual = tl.fma(-b_new, b_new, b_residual)
-                b_residual = tl.where(b_residual > 0.0, b_residual, 0.0)  # NaN counts as 0
+                b_less = tl.fma(-b_new, b_new, b_residual)
+                b_less = tl.where(b_less > 0.0, b_less, 0.0)  # NaN counts as 0
+                b_residual = tl.where(b_residual >= 0.0, b_less, b_residual)
                 tl.store(p_c + tl.cast(m, tl.int64) * stride_cm + o_n, b_new, mask=m_n)
                 m += 1
         i_round += 1
         tl.debug_barrier()  # the row of C is read by other threads in the next round
-        best = tl.max(pick_keys(b_residual, b_level, p_o, stride_order, o_n, m_n, exhausted), axis=0)
+        best = tl.max(pick_keys(b_residual, p_tier + first, p_o, stride_order, o_n, m_n, exhausted, TIERS), axis=0)
         if GRID:
             if n_g > 1:
                 p_mine = p_slots + tl.cast(i_round, tl.int64) * n_slots + i_slot
@@ -310,7 +312,6 @@ def greedy_kernel(
 
     if not RESIDENT:
         tl.store(p_residual + first + o_n, b_residual, mask=m_n)
-        tl.store(p_level + first + o_n, b_level, mask=m_n)
         tl.store(p_state, t)
         tl.store(p_state + 1, m)
         tl.store(p_state + 2, exhausted)
@@ -441,7 +442,6 @@ def launch_greedy(
     row = torch.empty(rows if features else 0, dtype=torch.float32, device=device)
     saved = 0 if plan.resident else rows
     residual = torch.empty(saved, dtype=torch.float32, device=device)
-    level = torch.empty(saved, dtype=torch.int32, device=device)
     progress = torch.empty((0 if plan.resident else plan.total, 8), dtype=torch.int32, device=device)
     num_warps, unroll = (FEATURE_BLOCKS if features else BLOCKS)[plan.columns]
     options = {"launch_cooperative_grid": True} if plan.grid and plan.resident else {}
@@ -468,7 +468,6 @@ def launch_greedy(
                     row,
                     slots,
                     residual,
-                    level,
                     progress,
                     *strides(kernel),
                     *strides(tokens),

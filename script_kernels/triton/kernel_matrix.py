@@ -19,12 +19,11 @@ from .tokens import cosine_tile, dense_layout, device_guard, dot_tile, launch_to
 
 CHUNK = 1024
 CLEAR_BLOCK = 256
-FANOUT = 16  # programs that share one row of tiles of a segment whose length the host does not know
 
 # dtype -> tile edge, columns per product, warps, pipeline stages. fp32 products run on the ordinary cores.
 TILES = {
-    torch.bfloat16: {"BT": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
-    torch.float16: {"BT": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
+    torch.bfloat16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
+    torch.float16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
     torch.float32: {"BT": 64, "BD": 16, "num_warps": 4, "num_stages": 3},
 }
 
@@ -67,57 +66,59 @@ def kernel_matrix_kernel(
         o_clear = i_clear + tl.arange(0, BCLEAR)
         tl.store(p_clear + o_clear, tl.zeros([BCLEAR], dtype=tl.int64), mask=o_clear < n_clear)
 
-    i_s, i_m, i_start, n = locate(p_cu, i_row, S, N, slots, BT, VARLEN)
-    if (i_m * BT >= n) | (n > stride_kn):  # past the end, or a segment that this buffer has no room for
+    i_s, i_m, first, n = locate(p_cu, i_row, S, N, slots, BT, VARLEN)
+    i_n = i_m + i_fan
+    if (i_n * BT >= n) | (n > stride_kn):  # past the end, or a segment that this buffer has no room for
         return
     if VARLEN:
-        p_x = p_tokens + i_start * stride_xn
-        p_k = p_kernel + i_start * stride_kn
+        p_x = p_tokens + first * stride_xn
+        p_k = p_kernel + first * stride_kn
     else:
         p_x = p_tokens + i_s.to(tl.int64) * stride_xb
         p_k = p_kernel + i_s.to(tl.int64) * stride_kb
 
     o_m = i_m * BT + tl.arange(0, BT)
+    o_n = i_n * BT + tl.arange(0, BT)
     m_m = o_m < n
-    b_inv_m = tl.load(p_inv + i_start + o_m, mask=m_m, other=0.0)
-    b_scale_m = tl.load(p_scale + i_start + o_m, mask=m_m, other=1.0)
-    b_r_m = finite_relevance(tl.load(p_relevance + i_start + o_m, mask=m_m, other=0.0))
+    m_n = o_n < n
     p_m = p_x + o_m.to(tl.int64) * stride_xn
-    for i_n in range(i_m + i_fan, tl.cdiv(n, BT), n_fan):
-        o_n = i_n * BT + tl.arange(0, BT)
-        m_n = o_n < n
-        b_inv_n = tl.load(p_inv + i_start + o_n, mask=m_n, other=0.0)
-        b_scale_n = tl.load(p_scale + i_start + o_n, mask=m_n, other=1.0)
-        b_r_n = finite_relevance(tl.load(p_relevance + i_start + o_n, mask=m_n, other=0.0))
-        p_n = p_x + o_n.to(tl.int64) * stride_xn
-        b_dot = tl.zeros([BT, BT], dtype=tl.float32)
-        for i_d in range(0, D, CHUNK):
-            o_d = tl.cast(i_d, tl.int64) * stride_xd
-            b_dot += dot_tile(
-                p_m + o_d,
-                m_m,
-                b_scale_m,
-                stride_xd,
-                p_n + o_d,
-                m_n,
-                b_scale_n,
-                stride_xd,
-                tl.minimum(D - i_d, CHUNK),
-                SCALED,
-                BT,
-                BT,
-                BD,
-                PRECISION,
-            )
-        # Each factor commutes, so (i, j) and (j, i) would round alike
-        b_k = cosine_tile(b_dot, b_inv_m, b_inv_n) * (b_r_m[:, None] * b_r_n[None, :])
-        b_diag = tl.where(b_inv_m > 0.0, b_r_m * b_r_m, 0.0)
-        b_k = tl.where(o_m[:, None] == o_n[None, :], b_diag[:, None], b_k)
-        m_k = m_m[:, None] & m_n[None, :]
-        p_upper = p_k + o_m[:, None].to(tl.int64) * stride_kn + o_n[None, :]  # [BT, BT]
-        p_lower = p_k + o_n[None, :].to(tl.int64) * stride_kn + o_m[:, None]
-        tl.store(p_upper, b_k, mask=m_k & (o_m[:, None] <= o_n[None, :]))
-        tl.store(p_lower, b_k, mask=m_k & (o_m[:, None] < o_n[None, :]))
+    p_n = p_x + o_n.to(tl.int64) * stride_xn
+    b_scale_m = tl.load(p_scale + first + o_m, mask=m_m, other=1.0)
+    b_scale_n = tl.load(p_scale + first + o_n, mask=m_n, other=1.0)
+    b_dot = tl.zeros([BT, BT], dtype=tl.float32)
+    for i_d in range(0, D, CHUNK):
+        o_d = tl.cast(i_d, tl.int64) * stride_xd
+        b_dot += dot_tile(
+            p_m + o_d,
+            m_m,
+            b_scale_m,
+            stride_xd,
+            p_n + o_d,
+            m_n,
+            b_scale_n,
+            stride_xd,
+            tl.minimum(D - i_d, CHUNK),
+            SCALED,
+            BT,
+            BT,
+            BD,
+            PRECISION,
+        )
+
+    # Each factor commutes, so (i, j) and (j, i) round alike
+    b_inv_m = tl.load(p_inv + first + o_m, mask=m_m, other=0.0)
+    b_inv_n = tl.load(p_inv + first + o_n, mask=m_n, other=0.0)
+    b_r_m = finite_relevance(tl.load(p_relevance + first + o_m, mask=m_m, other=0.0))
+    b_r_n = finite_relevance(tl.load(p_relevance + first + o_n, mask=m_n, other=0.0))
+    b_k = cosine_tile(b_dot, b_inv_m, b_inv_n) * (b_r_m[:, None] * b_r_n[None, :])
+    b_diag = tl.where(b_inv_m > 0.0, b_r_m * b_r_m, 0.0)
+    b_k = tl.where(o_m[:, None] == o_n[None, :], b_diag[:, None], b_k)
+    m_k = m_m[:, None] & m_n[None, :]
+    p_upper = p_k + o_m[:, None].to(tl.int64) * stride_kn + o_n[None, :]  # [BT, BT]
+    tl.store(p_upper, b_k, mask=m_k & (o_m[:, None] <= o_n[None, :]))
+    p_lower = p_k + o_n[:, None].to(tl.int64) * stride_kn + o_m[None, :]  # [BT, BT]
+    m_k = m_n[:, None] & m_m[None, :]
+    tl.store(p_lower, tl.trans(b_k), mask=m_k & (o_m[None, :] < o_n[:, None]))
 
 
 def launch_kernel_matrix(
@@ -145,11 +146,10 @@ def launch_kernel_matrix(
     slots, total = slot_count(segments, n, tile["BT"], varlen)
     if varlen:
         out = torch.empty((n, width), dtype=torch.float32, device=tokens.device)
-        fan = min(triton.cdiv(width, tile["BT"]), FANOUT)
     else:
         width = n
         out = torch.empty((segments, n, n), dtype=torch.float32, device=tokens.device)
-        fan = slots
+    fan = triton.cdiv(width, tile["BT"])
     if total * fan == 0:
         return out
     with device_guard(tokens):

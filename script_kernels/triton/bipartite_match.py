@@ -82,9 +82,8 @@ def load_sums(p_sums, o_flat, m_s, rows, destinations):
     b_degree = tl.load(p_degree, mask=m_s, other=0).to(tl.int32)
     b_near = tl.load(p_degree + rows, mask=m_s, other=0).to(tl.float32)
     b_all = tl.load(p_degree + rows + rows, mask=m_s, other=0).to(tl.float32)
-    b_count = tl.maximum(b_degree, 1).to(tl.float32) * FIXED
-    b_mean = tl.div_rn(b_near, b_count)
-    b_density = tl.div_rn(b_all, tl.zeros_like(b_all) + tl.maximum(destinations, 1).to(tl.float32) * FIXED)
+    b_mean = b_near / (tl.maximum(b_degree, 1).to(tl.float32) * FIXED)
+    b_density = b_all / (tl.maximum(destinations, 1).to(tl.float32) * FIXED)
     return b_degree, b_mean, b_density
 
 

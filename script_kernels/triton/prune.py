@@ -20,7 +20,7 @@ import triton.language as tl
 from .bipartite_match import PLANES, add_sums, tile_sums
 from .dpp_map import launch_greedy, plan_greedy
 from .gsp import launch_select
-from .kernel_matrix import CHUNK, CLEAR_BLOCK, TILES
+from .kernel_matrix import CHUNK, CLEAR_BLOCK
 from .query_relevance import launch_mean_query, min_max
 from .tokens import (
     cosine_tile,
@@ -34,6 +34,12 @@ from .tokens import (
 )
 
 WIDEST = 8192  # L of an image of more tokens is not kept in memory
+# dtype -> tile edge, columns per product, warps, pipeline stages. fp32 products run on the ordinary cores.
+JOINT_TILES = {
+    torch.bfloat16: dict(BT=64, BD=64, num_warps=8, num_stages=3),
+    torch.float16: dict(BT=64, BD=64, num_warps=8, num_stages=3),
+    torch.float32: dict(BT=32, BD=32, num_warps=4, num_stages=3),
+}
 FANOUT = 16  # programs that share one row of tiles
 BLOCK_RANKS = 1024
 INTERSECT_WARPS = 4
@@ -236,7 +242,7 @@ def launch_joint(
     """Relevance (rows,) and L (B, N, N) or (T, width), GSP's sums on the way; L is empty where no image may have one."""
     segments, n, strides = dense_layout(tokens, cu_seqlens)
     varlen = cu_seqlens is not None
-    tile = TILES[tokens.dtype]
+    tile = JOINT_TILES[tokens.dtype]
     slots, total = slot_count(segments, n, tile["BT"], varlen)
     fan = min(triton.cdiv(n, tile["BT"]), FANOUT)
     relevance = torch.empty_like(score)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .tokens import (
-    BLOCK_COLS,
     BLOCK_ROWS,
     SAFE_EXPONENT,
     dense_layout,
@@ -24,6 +23,7 @@ from .tokens import (
 )
 
 BLOCK_OUT = 256  # columns of the mean query vector per program
+BLOCK_QUERY = 512  # columns read at once for the norms
 QUERY_WARPS = 4
 BLOCK_SCORES = 1024
 SCORE_WARPS = 4
@@ -137,7 +137,7 @@ def launch_mean_query(
             MASKED=mask is not None,
             SHARED=batch == 1,
             BR=BLOCK_ROWS,
-            BC=BLOCK_COLS,
+            BC=BLOCK_QUERY,
             BO=BLOCK_OUT,
             SCALED=query.dtype != torch.float16,
             SAFE=SAFE_EXPONENT,

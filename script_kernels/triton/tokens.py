@@ -128,9 +128,9 @@ def row_pass(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One pass over whole rows: largest magnitude, count of NaN/Inf, sum of squares and dot with `p_other`, scaled."""
+    """One pass over whole rows: largest magnitude (inf for a row holding NaN or Inf), and, of the scaled row without these,
+    the sum of squares and the dot with `p_other`."""
     b_max = tl.zeros([BR, BC], dtype=tl.float32)
-    b_bad = tl.zeros([BR, BC], dtype=tl.int32)
     b_sq = tl.zeros([BR, BC], dtype=tl.float32)
     b_dot = tl.zeros([BR, BC], dtype=tl.float32)
     for i_d in range(0, D, BC):
@@ -139,15 +139,13 @@ def row_pass(
         p_x = p_rows[:, None] + o_d[None, :].to(tl.int64) * stride_d  # [BR, BC]
         b_x = widen(tl.load(p_x, mask=m_rows[:, None] & m_d[None, :], other=0.0))
         m_finite = tl.abs(b_x) < float("inf")  # false for NaN as well
-        b_bad += tl.where(m_finite, 0, 1)
-        b_x = tl.where(m_finite, b_x, 0.0)
-        b_max = tl.maximum(b_max, tl.abs(b_x))
-        b_x = b_x * b_scale[:, None]
+        b_max = tl.maximum(b_max, tl.where(m_finite, tl.abs(b_x), float("inf")))
+        b_x = tl.where(m_finite, b_x * b_scale[:, None], 0.0)
         b_sq += b_x * b_x
         if DOT:
             b_q = tl.load(p_other + o_d, mask=m_d, other=0.0)  # [BC]
             b_dot += b_x * b_q[None, :]
-    return tl.max(b_max, axis=1), tl.sum(b_bad, axis=1), tl.sum(b_sq, axis=1), tl.sum(b_dot, axis=1)
+    return tl.max(b_max, axis=1), tl.sum(b_sq, axis=1), tl.sum(b_dot, axis=1)
 
 
 @triton.jit
@@ -165,18 +163,18 @@ def row_stats(
 ):
     """Inverse norm (with the row's state in it), power-of-two scale and cosine-to-be `dot * inv_norm` of each row."""
     b_scale = tl.full([BR], 1.0, dtype=tl.float32)
-    b_max, b_bad, b_sq, b_dot = row_pass(p_rows, m_rows, b_scale, stride_d, p_other, D, DOT, BR, BC)
+    b_max, b_sq, b_dot = row_pass(p_rows, m_rows, b_scale, stride_d, p_other, D, DOT, BR, BC)
     if SCALED:
         # Exponent field of the largest magnitude: 0 for denormals, which 2^126 brings up to 2^-23 at least.
         b_exp = (b_max.to(tl.int32, bitcast=True) >> 23) - 127
-        m_far = (b_max > 0.0) & ((b_exp > SAFE) | (b_exp < -SAFE)) & (b_bad == 0)
+        m_far = (b_max > 0.0) & (b_max < float("inf")) & ((b_exp > SAFE) | (b_exp < -SAFE))
         if tl.max(m_far.to(tl.int32), axis=0) > 0:
             b_near = tl.minimum(tl.maximum(-b_exp, -126), 126)
             b_scale = tl.where(m_far, ((b_near + 127) << 23).to(tl.float32, bitcast=True), b_scale)
-            b_max, b_bad, b_sq, b_dot = row_pass(p_rows, m_rows, b_scale, stride_d, p_other, D, DOT, BR, BC)
+            _, b_sq, b_dot = row_pass(p_rows, m_rows, b_scale, stride_d, p_other, D, DOT, BR, BC)
     b_inv = tl.where(b_sq > 0.0, 1.0 / tl.sqrt_rn(tl.where(b_sq > 0.0, b_sq, 1.0)), 0.0)
     b_cos = b_dot * b_inv
-    b_inv = tl.where(b_bad > 0, -1.0, b_inv)
+    b_inv = tl.where(b_max < float("inf"), b_inv, -1.0)
     return b_inv, b_scale, b_cos
 
 
@@ -239,7 +237,7 @@ def dot_tile(
         m_far_b = m_b & (b_scale_b != 1.0)
         if tl.max(m_far_a.to(tl.int32), axis=0) + tl.max(m_far_b.to(tl.int32), axis=0) > 0:
             b_acc = dot_pass(
-                p_a, m_a, b_scale_a, stride_ad, p_b, m_b, b_scale_b, stride_bd, D, True, BM, BN, BD, PRECISION
+                p_a, m_a, b_scale_a, stride_ad, p_b, m_b, b_scale_b, stride_bd, D, True, BM, BN, 16, PRECISION
             )
         else:
             b_acc = dot_pass(

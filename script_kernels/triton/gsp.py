@@ -14,7 +14,7 @@ import triton.language as tl
 from .bipartite_match import PLANES, gsp_keep, launch_match, load_sums, round_sizes
 from .tokens import dense_layout, device_guard, launch_token_pass, order_key, segment
 
-BLOCK_SOURCES = 1024
+BLOCK_SOURCES = 512
 SELECT_WARPS = 8
 
 

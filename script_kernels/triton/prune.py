@@ -38,7 +38,7 @@ WIDEST = 8192  # L of an image of more tokens is not kept in memory
 JOINT_TILES = {
     torch.bfloat16: dict(BT=64, BD=64, num_warps=8, num_stages=3),
     torch.float16: dict(BT=64, BD=64, num_warps=8, num_stages=3),
-    torch.float32: dict(BT=32, BD=32, num_warps=4, num_stages=3),
+    torch.float32: dict(BT=32, BD=16, num_warps=4, num_stages=3),
 }
 FANOUT = 16  # programs that share one row of tiles
 BLOCK_RANKS = 1024
@@ -154,8 +154,9 @@ def joint_kernel(
             b_diag = tl.where(b_inv_m > 0.0, b_r_m * b_r_m, 0.0)
             b_k = tl.where(o_m[:, None] == o_n[None, :], b_diag[:, None], b_k)
             m_k = m_m[:, None] & m_n[None, :]
-            p_upper = p_k + o_m[:, None].to(tl.int64) * width + o_n[None, :]
-            p_lower = p_k + o_n[None, :].to(tl.int64) * width + o_m[:, None]
+            o_t = tl.arange(0, BT)
+            p_upper = p_k + (tl.cast(i_m, tl.int64) * width + i_n) * BT + (o_t[:, None] * width + o_t[None, :])
+            p_lower = p_k + (tl.cast(i_n, tl.int64) * width + i_m) * BT + (o_t[None, :] * width + o_t[:, None])
             tl.store(p_upper, b_k, mask=m_k & (o_m[:, None] <= o_n[None, :]))
             tl.store(p_lower, b_k, mask=m_k & (o_m[:, None] < o_n[None, :]))
 

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .tokens import (
-    BLOCK_ROWS,
     SAFE_EXPONENT,
     dense_layout,
     device_guard,
@@ -22,9 +21,10 @@ from .tokens import (
     widen,
 )
 
-BLOCK_OUT = 256  # columns of the mean query vector per program
-BLOCK_QUERY = 512  # columns read at once for the norms
-QUERY_WARPS = 4
+BLOCK_OUT = 128  # columns of the mean query vector per program
+QUERY_ROWS = 4  # read at once for the norms, as are QUERY_COLS columns
+QUERY_COLS = 1024
+QUERY_WARPS = 16
 BLOCK_SCORES = 1024
 SCORE_WARPS = 4
 
@@ -54,29 +54,30 @@ def mean_query_kernel(
 ):
     """sign / M * sum of the M unmasked unit query vectors, BO columns of it; resets the range of the scores."""
     blocks = tl.cdiv(C, BO)
-    i_b = tl.program_id(0) // blocks
-    i_c = tl.program_id(0) - i_b * blocks
-    if i_c == 0:
-        i_first = i_b
-        i_last = i_b + 1
-        if SHARED:
-            i_last = i_b * 0 + images
-        for i_s in range(i_first, i_last, BO):
+    i_c = tl.program_id(0)
+    i_b = tl.full([], 0, dtype=tl.int64)
+    if not SHARED:
+        i_b += i_c // blocks
+        i_c = i_c % blocks
+    if SHARED:
+        for i_s in range(i_c * BO, images, blocks * BO):
             o_s = i_s + tl.arange(0, BO)
-            m_s = o_s < i_last
-            tl.store(p_range + 2 * o_s, 0x7FFFFFFF, mask=m_s)
-            tl.store(p_range + 2 * o_s + 1, -0x7FFFFFFF, mask=m_s)
+            tl.store(p_range + 2 * o_s, 0x7FFFFFFF, mask=o_s < images)
+            tl.store(p_range + 2 * o_s + 1, -0x7FFFFFFF, mask=o_s < images)
+    elif i_c == 0:
+        tl.store(p_range + 2 * i_b, 0x7FFFFFFF)
+        tl.store(p_range + 2 * i_b + 1, -0x7FFFFFFF)
 
     o_out = i_c * BO + tl.arange(0, BO)
     m_out = o_out < C
     b_sum = tl.zeros([BO], dtype=tl.float32)
     b_count = tl.zeros([BR], dtype=tl.int32)
-    p_image = p_query + i_b.to(tl.int64) * stride_b
+    p_image = p_query + i_b * stride_b
     for i_q in range(0, Q, BR):
         o_q = i_q + tl.arange(0, BR)
         m_q = o_q < Q
         if MASKED:
-            m_q = m_q & (tl.load(p_mask + i_b.to(tl.int64) * stride_mb + o_q * stride_mq, mask=m_q, other=0) != 0)
+            m_q = m_q & (tl.load(p_mask + i_b * stride_mb + o_q * stride_mq, mask=m_q, other=0) != 0)
         p_rows = p_image + o_q.to(tl.int64) * stride_q
         b_inv, b_scale, _ = row_stats(p_rows, m_q, stride_c, p_mean, C, False, BR, BC, SCALED, SAFE)
         p_x = p_rows[:, None] + o_out[None, :].to(tl.int64) * stride_c  # [BR, BO]
@@ -85,17 +86,17 @@ def mean_query_kernel(
         b_sum += tl.sum(b_unit, axis=0)
         b_count += m_q.to(tl.int32)
     count = tl.maximum(tl.sum(b_count, axis=0), 1).to(tl.float32)
-    tl.store(p_mean + i_b.to(tl.int64) * C + o_out, b_sum * sign / count, mask=m_out)
+    tl.store(p_mean + i_b * C + o_out, b_sum * sign / count, mask=m_out)
 
 
 @triton.jit
 def min_max(b_score, low, high):
     """Relevance in [0, 1] from raw scores and the order keys of their range; 0 for bad rows (score +inf)."""
     low = from_order_key(low)
-    width = from_order_key(high) - low
-    m_constant = width <= 1e-6
-    b_r = tl.div_rn(b_score - low, tl.zeros_like(b_score) + tl.where(m_constant, 1.0, width))
-    b_r = tl.where(m_constant, 1.0, tl.minimum(tl.maximum(b_r, 0.0), 1.0))
+    high = from_order_key(high)
+    m_constant = high - low <= 1e-6
+    b_r = (b_score - low) / tl.where(m_constant, 1.0, high - low)
+    b_r = tl.where(m_constant | (b_score >= high), 1.0, tl.minimum(tl.maximum(b_r, 0.0), 1.0))
     return tl.where(b_score == float("inf"), 0.0, b_r)
 
 
@@ -136,8 +137,8 @@ def launch_mean_query(
             -1.0 if negate else 1.0,
             MASKED=mask is not None,
             SHARED=batch == 1,
-            BR=BLOCK_ROWS,
-            BC=BLOCK_QUERY,
+            BR=QUERY_ROWS,
+            BC=QUERY_COLS,
             BO=BLOCK_OUT,
             SCALED=query.dtype != torch.float16,
             SAFE=SAFE_EXPONENT,

@@ -24,7 +24,7 @@ import triton.language as tl
 
 SAFE_EXPONENT = 40
 BLOCK_ROWS = 4
-BLOCK_COLS = 1024
+BLOCK_COLS = 512
 STATS_WARPS = 4
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -172,7 +172,7 @@ def row_stats(
             b_near = tl.minimum(tl.maximum(-b_exp, -126), 126)
             b_scale = tl.where(m_far, ((b_near + 127) << 23).to(tl.float32, bitcast=True), b_scale)
             _, b_sq, b_dot = row_pass(p_rows, m_rows, b_scale, stride_d, p_other, D, DOT, BR, BC)
-    b_inv = tl.where(b_sq > 0.0, 1.0 / tl.sqrt_rn(tl.where(b_sq > 0.0, b_sq, 1.0)), 0.0)
+    b_inv = tl.where(b_sq > 0.0, tl.rsqrt(tl.where(b_sq > 0.0, b_sq, 1.0)), 0.0)
     b_cos = b_dot * b_inv
     b_inv = tl.where(b_max < float("inf"), b_inv, -1.0)
     return b_inv, b_scale, b_cos

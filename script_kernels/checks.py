@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+from . import schedule
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 COMBINE = ("intersect", "restrict")
 
@@ -115,50 +117,10 @@ def _prune_parameters(gsp_drop: float, oversample: float, combine: str) -> None:
         raise ValueError(f"combine: expected 'intersect' or 'restrict', got {combine!r}")
 
 
-def gsp_keep(n: int, gsp_drop: float) -> int:
-    """Tokens that GSP keeps of `n` when it drops the share `gsp_drop` of them."""
-    return n - math.floor(gsp_drop * n)
-
-
-def ranking_size(n: int, keep: int, oversample: float) -> int:
-    """Length of the ranking that the intersection walks, for `keep` of `n` tokens."""
-    return min(n, math.ceil(oversample * keep))
-
-
-def rounds_suffice(n: int, keep: int, rounds: int) -> bool:
-    """Whether `rounds` rounds of GSP get from `n` tokens to `keep`: no round may drop more than its source tokens."""
-    left = n - keep
-    for r in range(rounds):
-        if left == 0:
-            break
-        quota = -(-left // (rounds - r))
-        if quota > (keep + left + 1) // 2:
-            return False
-        left -= quota
-    return True
-
-
-def rounds_needed(n: int, keep: int) -> int:
-    """The smallest number of rounds that suffices, for 1 <= keep <= n."""
-    # The last round drops about left / rounds of at most 2 keep + 1 tokens, so fewer rounds than this cannot do.
-    rounds = max(1, (n - keep) // (keep + 2))
-    while not rounds_suffice(n, keep, rounds):
-        rounds += 1
-    return rounds
-
-
-def _reachable(n: int, keep: int, rounds: int, asked: str) -> None:
-    if not rounds_suffice(n, keep, rounds):
-        raise ValueError(
-            f"{asked} of N = {n} tokens cannot be reached with rounds = {rounds} "
-            f"(a round drops at most half); needs rounds >= {rounds_needed(n, keep)}"
-        )
-
-
 def _drop_reachable(n: int, gsp_drop: float, rounds: int) -> None:
     if isinstance(n, int) and isinstance(rounds, int) and isinstance(gsp_drop, (float, int)):
-        kept = gsp_keep(n, gsp_drop)
-        _reachable(n, kept, rounds, f"gsp_drop: {gsp_drop} keeps {kept}, which")
+        kept = schedule.gsp_keep(n, gsp_drop)
+        schedule.reachable(n, kept, rounds, f"gsp_drop: {gsp_drop} keeps {kept}, which")
 
 
 def query_relevance(
@@ -189,7 +151,7 @@ def gsp(
     _in_range(keep, "keep", n, "N")
     _gsp_parameters(threshold, gamma, min_degree, rounds)
     if isinstance(n, int) and isinstance(keep, int) and isinstance(rounds, int):
-        _reachable(n, keep, rounds, f"keep: {keep}")
+        schedule.reachable(n, keep, rounds, f"keep: {keep}")
 
 
 def dpp_map(kernel: torch.Tensor, k: int) -> None:

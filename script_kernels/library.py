@@ -40,5 +40,5 @@ def load(name: str) -> Library:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:  # built for another platform, or for a later torch than this one
-        return Library(name, f"it does not load with torch {torch.__version__}: {error}")
+        return Library(name, f"it does not load with torch {torch.__version__}: {error.__cause__ or error}")
     return Library(name, "")

@@ -1,5 +1,7 @@
 """gsp against its float64 oracle, where rounding cannot decide, and its rules for ties and rounds."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from script_kernels import reference, testing
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@functools.cache
 def clear_cut_tokens(kind, n, d, keep, *, dtype=torch.float32, **options):
     """Tokens (1, n, d) on which every decision of gsp is clear of rounding; the first seed that gives such."""
     for seed in range(100):

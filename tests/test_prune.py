@@ -1,5 +1,6 @@
 """prune against the composition of the ops under it, and against its float64 oracle where rounding cannot decide."""
 
+import functools
 import math
 
 import pytest
@@ -58,9 +59,10 @@ def is_clear_cut(tokens, relevance, keep, options):
     return testing.greedy_margin(kernel64, picks) > 5e-5
 
 
-def clear_cut_batch(kind, n, d, keep, options, *, dtype=torch.float32, queries=3):
+@functools.cache
+def clear_cut_batch(kind, n, d, keep, case, *, dtype=torch.float32, queries=3):
     """Two images, and their queries, on which every decision is clear of rounding."""
-    found = []
+    found, options = [], CASES[case]
     for seed in range(400):
         tokens = testing.make_tokens(kind, 1, n, d, dtype=dtype, seed=seed)
         if kind == "photo":
@@ -86,7 +88,7 @@ def assert_selection(indices, B, N, keep):
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(backend, kind, dtype, case):
     options = CASES[case]
-    tokens, query = clear_cut_batch(kind, 64, 40, 12, options, dtype=dtype)
+    tokens, query = clear_cut_batch(kind, 64, 40, 12, case, dtype=dtype)
     expected = reference.prune(tokens, query, 12, dtype=torch.float64, **options)
     kept = backend.prune(tokens.to(backend.device), query.to(backend.device), 12, **options)
     assert_selection(kept, 2, 64, 12)
@@ -98,7 +100,7 @@ def test_against_float64(backend, kind, dtype, case):
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_composition(backend, kind, case, negate):
     options = CASES[case]
-    tokens, query = (t.to(backend.device) for t in clear_cut_batch(kind, 81, 40, 12, options))
+    tokens, query = (t.to(backend.device) for t in clear_cut_batch(kind, 81, 40, 12, case))
     if not negate:
         expected = compose(backend, tokens, query, 12, **options)
         assert torch.equal(backend.prune(tokens, query, 12, **options), expected)
@@ -223,6 +225,32 @@ def test_adversarial_tokens(backend, dtype, name, combine):
             for gsp_drop in (0.0, 0.25, 0.5):
                 kept = backend.prune(tokens, q, keep, combine=combine, rounds=rounds, gsp_drop=gsp_drop)
                 assert_selection(kept, 2, n, keep)
+
+
+@functools.cache
+def large_clear_cut_image(n, d, keep, options):
+    """(1, n, d) and a query: each token near one of d axes, so that no cosine is near a threshold of 0.5."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        axes = torch.eye(d)[torch.randint(d, (n,), generator=generator)]
+        tokens = (axes + 0.02 * torch.randn(n, d, generator=generator))[None]
+        query = testing.make_query(1, 1, d, seed=seed)
+        relevance = reference.query_relevance(tokens, query, dtype=torch.float64)
+        if is_clear_cut(tokens, relevance, keep, dict(options)):
+            return tokens, query
+    raise AssertionError("no clear-cut tokens in 40 seeds")
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5, "gsp_drop": 0.6, "rounds": 2}, {"threshold": 0.5}])
+def test_many_tokens_against_float64(backend, options):
+    """More tokens than an implementation would keep a similarity matrix for."""
+    tokens, query = large_clear_cut_image(3001, 48, 8, tuple(options.items()))
+    expected = reference.prune(tokens, query, 8, dtype=torch.float64, **options)
+    kept = backend.prune(tokens.to(backend.device), query.to(backend.device), 8, **options)
+    assert torch.equal(kept.cpu(), expected)
+    keep = survivors_of(3001, options)
+    expected, _ = reference.gsp(tokens, keep, dtype=torch.float64, **gsp_options(options))
+    assert torch.equal(backend.gsp(tokens.to(backend.device), keep, **gsp_options(options))[0].cpu(), expected)
 
 
 @pytest.mark.parametrize(("n", "keep"), [(576, 64), (577, 128), (2880, 320)])

@@ -103,8 +103,8 @@ void for_each_item(int64_t batch, const Body& body) {
   });
 }
 
-// body(b, parallel) for each image: threads go to the images where there are enough of them, else into one image after the
-// other. The bits do not depend on it.
+// body(b, parallel) for each image: threads go to the images where there are enough of them, else into one image after
+// the other. The bits do not depend on it.
 template <class Body>
 void for_each_image(int64_t batch, const Body& body) {
   if (2 * batch > static_cast<int64_t>(torch::stable::get_num_threads()) && batch > 1) {

@@ -20,14 +20,10 @@ class DenseSource {
  public:
   explicit DenseSource(const KernelView& kernel) : kernel_(kernel) {}
 
-  void rows(const int32_t* pivots, int m, int64_t panel, float* out) const {
+  // A panel of row i, zero padded, with 0 for what is not finite.
+  void row(int64_t i, int64_t panel, float* out) const {
     const int64_t start = panel * kPanel;
     const int64_t columns = std::min<int64_t>(kPanel, kernel_.count - start);
-    for (int a = 0; a < m; ++a) row(pivots[a], start, columns, out + a * kPanel);
-  }
-
-  // Columns [start, start + columns) of a row, zero padded to a panel, with 0 for what is not finite.
-  void row(int64_t i, int64_t start, int64_t columns, float* out) const {
     const float* x = kernel_.data + i * kernel_.row_stride + start * kernel_.column_stride;
     if (kernel_.column_stride == 1) {
       simd().finite_row(x, columns, out);
@@ -38,14 +34,23 @@ class DenseSource {
     for (int64_t c = columns; c < kPanel; ++c) out[c] = 0.0f;
   }
 
+  class Rows {
+   public:
+    Rows(const DenseSource& source, const int32_t* pivots, int m, Scratch&) : source_(source), pivots_(pivots), m_(m) {}
+    void panel(int64_t p, float* out) const {
+      for (int a = 0; a < m_; ++a) source_.row(pivots_[a], p, out + a * kPanel);
+    }
+
+   private:
+    const DenseSource& source_;
+    const int32_t* pivots_;
+    int m_;
+  };
+
   class Pool {
    public:
-    explicit Pool(Scratch&) {}
-    void gather(const DenseSource& source, const int32_t* positions, int count) {
-      kernel_ = source.kernel_;
-      positions_ = positions;
-      count_ = count;
-    }
+    Pool(const DenseSource& source, const int32_t* positions, int count, Scratch&)
+        : kernel_(source.kernel_), positions_(positions), count_(count) {}
     void rows(const int* members, int m, float* out) const {
       for (int a = 0; a < m; ++a) {
         for (int c = 0; c < kPanel; ++c) {
@@ -56,8 +61,8 @@ class DenseSource {
 
    private:
     KernelView kernel_;
-    const int32_t* positions_ = nullptr;
-    int count_ = 0;
+    const int32_t* positions_;
+    int count_;
   };
 
  private:
@@ -70,27 +75,27 @@ namespace detail {
 inline void greedy_map_by_rows(const DenseSource& source, const GreedyProblem& problem, int64_t k, int64_t* indices,
                                float* gains) {
   Scratch scratch;
-  const int64_t panels = ceil_div(problem.count, kPanel);
-  float* residual = scratch.take<float>(panels * kPanel, -1.0f);
+  const int64_t panels = problem.positions / kPanel;
+  float* residual = scratch.take<float>(problem.positions, -1.0f);
   float largest = 0.0f;
-  for (int64_t p = 0; p < problem.count; ++p) {
-    if (problem.tier[p] == kNoTier) continue;
+  for (int64_t p = 0; p < problem.positions; ++p) {
+    if (problem.tier[p] != 0) continue;
     residual[p] = std::max(problem.diagonal[p], 0.0f);
     largest = std::max(largest, residual[p]);
   }
-  const CholeskyRows rows{scratch.take<float>(panels * kPanel * k), k};
+  const CholeskyRows rows{scratch.take<float>(problem.positions * k), k};
   float* pivot = scratch.take<float>(k);
   alignas(64) float entries[kPanel];
   int64_t picked = 0;
   while (picked < k) {
-    const int64_t best = simd().argmax(residual, problem.count);
+    const int64_t best = simd().argmax(residual, problem.positions);
     const float gain = residual[best];
     if (gain <= kRankTolerance * largest) break;  // a taken or bad token stands at -1
     rows.column(best, picked, pivot);
     residual[best] = -1.0f;
     const float inverse = 1.0f / std::sqrt(gain);
     for (int64_t p = 0; p < panels && picked + 1 < k; ++p) {
-      source.row(best, p * kPanel, std::min<int64_t>(kPanel, problem.count - p * kPanel), entries);
+      source.row(best, p, entries);
       simd().step(entries, pivot, picked, inverse, rows.panel(p), residual + p * kPanel);
     }
     indices[picked] = best;
@@ -109,16 +114,17 @@ inline constexpr int64_t kByRowsLimit = 131072;
 inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float* gains, const Parallel& parallel) {
   Scratch scratch;
   const int64_t n = kernel.count;
-  int32_t* ids = scratch.take<int32_t>(n);
-  float* diagonal = scratch.take<float>(n);
-  uint8_t* tier = scratch.take<uint8_t>(n);
+  const int64_t positions = pad_to_panel(n);
+  int32_t* ids = scratch.take<int32_t>(positions, kHole);
+  float* diagonal = scratch.take<float>(positions, 0.0f);
+  uint8_t* tier = scratch.take<uint8_t>(positions, kHoleTier);
   for (int64_t i = 0; i < n; ++i) {
     const float x = kernel.data[i * (kernel.row_stride + kernel.column_stride)];
     ids[i] = static_cast<int32_t>(i);
     tier[i] = std::isfinite(x) ? 0 : kNoTier;
     diagonal[i] = std::isfinite(x) ? x : 0.0f;
   }
-  const GreedyProblem problem{n, diagonal, ids, diagonal, tier};
+  const GreedyProblem problem{positions, diagonal, ids, diagonal, tier};
   const DenseSource source(kernel);
   if (n * k <= kByRowsLimit) {
     detail::greedy_map_by_rows(source, problem, k, indices, gains);

@@ -1,20 +1,23 @@
 // Exact greedy MAP of a DPP (diagonally pivoted Cholesky stopped after k pivots), by candidate pools.
 //
-// Residual variances only fall. So the residuals are kept exact for a pool of the kPanel best candidates only; while the
-// pool's best is ahead of the best candidate outside it, as that stood when the pool was chosen, it is the best of all.
-// When it no longer is, the new pivots are applied to every token at once (a matrix product instead of a pass per pivot)
-// and a new pool is chosen. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every step.
+// Residual variances only fall. So the residuals are kept exact for a pool of the kPanel best candidates only; while
+// the pool's best is ahead of the best candidate outside it, as that stood when the pool was chosen, it is the best of
+// all. When it no longer is, the new pivots are applied to every token at once (a matrix product instead of a pass per
+// pivot) and a new pool is chosen. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every
+// step.
 //
-// `Source` supplies kernel entries by position:
-//   void rows(const int32_t* pivots, int m, int64_t panel, float* out) const;   out[a][c] = K(pivots[a], panel * kPanel + c)
-//   a Source::Pool(source, positions, count, scratch) with void rows(const int* members, int m, float* out): out[a][c] =
+// `Source` supplies kernel entries K by position:
+//   Source::Rows(source, pivots, m, scratch), then .panel(p, out): out[a][c] = K(pivots[a], p * kPanel + c)
+//   Source::Pool(source, positions, count, scratch), then .rows(members, m, out): out[a][c] =
 //   K(positions[members[a]], positions[c])
+// Positions come in whole panels; entries at a hole are 0.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 
 #include "parallel.hpp"
 #include "simd.hpp"
@@ -26,14 +29,15 @@ namespace script::cpu {
 // Residuals at or below this fraction of the largest K_ii count as zero: the rank is exhausted.
 inline constexpr float kRankTolerance = 1e-6f;
 
-inline constexpr uint8_t kNoTier = 255;  // bad tokens: no pivot, picked last
+inline constexpr uint8_t kNoTier = 254;    // bad tokens: no pivot, picked last
+inline constexpr uint8_t kHoleTier = 255;  // positions without a token
 
 struct GreedyProblem {
-  int64_t count = 0;                 // tokens, at positions 0..count
-  const float* diagonal = nullptr;   // K_ii
-  const int32_t* ids = nullptr;      // position -> token index; ties go to the lowest index
-  const float* priority = nullptr;   // order of the picks past the rank, descending, then by index
-  const uint8_t* tier = nullptr;     // 0, 1 or kNoTier: a tier is used up before the next one starts
+  int64_t positions = 0;            // a multiple of kPanel
+  const float* diagonal = nullptr;  // K_ii
+  const int32_t* ids = nullptr;     // position -> token index; ties go to the lowest index
+  const float* priority = nullptr;  // order of the picks past the rank, descending, then by index
+  const uint8_t* tier = nullptr;    // 0, 1, kNoTier or kHoleTier: a tier is used up before the next one starts
 };
 
 namespace detail {
@@ -52,7 +56,7 @@ struct Candidate {
 inline int64_t best_candidates(const GreedyProblem& problem, const float* residual, uint8_t tier, int64_t wanted,
                                Candidate* heap) {
   int64_t size = 0;
-  for (int64_t p = 0; p < problem.count; ++p) {
+  for (int64_t p = 0; p < problem.positions; ++p) {
     if (residual[p] < 0.0f || problem.tier[p] != tier) continue;
     if (size == wanted && residual[p] < heap[0].residual) continue;
     const Candidate candidate{residual[p], problem.ids[p], static_cast<int32_t>(p)};
@@ -73,9 +77,9 @@ inline int64_t best_candidates(const GreedyProblem& problem, const float* residu
 inline int64_t take_by_priority(const GreedyProblem& problem, uint8_t tier, int64_t k, int64_t picked, float* residual,
                                 int64_t* indices, float* gains) {
   Scratch scratch;
-  Candidate* rest = scratch.take<Candidate>(problem.count);
+  Candidate* rest = scratch.take<Candidate>(problem.positions);
   int64_t size = 0;
-  for (int64_t p = 0; p < problem.count; ++p) {
+  for (int64_t p = 0; p < problem.positions; ++p) {
     // A bad token has no tier, no residual and no priority: its index alone orders it.
     if (problem.tier[p] != tier || (tier != kNoTier && residual[p] < 0.0f)) continue;
     rest[size++] = Candidate{tier == kNoTier ? 0.0f : problem.priority[p], problem.ids[p], static_cast<int32_t>(p)};
@@ -112,8 +116,8 @@ struct Pivots {
 
 // Brings rows and residuals of all positions up to date with the pivots; `done` pivots were applied before.
 template <typename Source>
-void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivots& pivots, int64_t done, CholeskyRows rows,
-                  float* residual, const Parallel& parallel) {
+void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivots& pivots, int64_t done,
+                  CholeskyRows rows, float* residual, const Parallel& parallel) {
   Scratch scratch;
   const int m = pivots.count;
   float* earlier = scratch.take<float>(m * std::max<int64_t>(done, 1));
@@ -122,17 +126,19 @@ void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivo
     rows.column(pivots.positions[a], done, earlier + a * done);
     pointers[a] = earlier + a * done;
   }
-  parallel(ceil_div(problem.count, kPanel), 4, [&](int64_t begin, int64_t end) {
+  const typename Source::Rows pivot_rows(source, pivots.positions, m, scratch);
+  parallel(problem.positions / kPanel, 4, [&](int64_t begin, int64_t end) {
     Scratch local;
     float* entries = local.take<float>(m * kPanel);
     float* explained = local.take<float>(m * kPanel);
     for (int64_t p = begin; p < end; ++p) {
-      source.rows(pivots.positions, m, p, entries);
+      pivot_rows.panel(p, entries);
       if (done > 0) {
         simd().gemm(pointers, m, rows.panel(p), kPanel / kGroup, done, explained);
         for (int i = 0; i < m * kPanel; ++i) entries[i] -= explained[i];
       }
-      simd().solve(entries, m, pivots.factor, pivots.inverse_diagonal, rows.panel(p) + done * kPanel, residual + p * kPanel);
+      simd().solve(entries, m, pivots.factor, pivots.inverse_diagonal, rows.panel(p) + done * kPanel,
+                   residual + p * kPanel);
     }
   });
 }
@@ -143,7 +149,7 @@ class Pool {
  public:
   Pool(const Source& source, const GreedyProblem& problem, const float* residual, uint8_t tier, CholeskyRows rows,
        int64_t done, Scratch& scratch)
-      : done_(done), source_pool_(scratch) {
+      : done_(done) {
     Candidate heap[kPanel + 1];
     const int64_t found = best_candidates(problem, residual, tier, kPanel + 1, heap);
     size_ = static_cast<int>(std::min<int64_t>(found, kPanel));
@@ -157,7 +163,7 @@ class Pool {
       positions_[c] = heap[c].position;
     }
     if (size_ == 0) return;
-    source_pool_.gather(source, positions_, size_);
+    source_pool_.emplace(source, positions_, size_, scratch);
     earlier_ = scratch.take<float>(kPanel * std::max<int64_t>(done, 1));
     earlier_panel_ = scratch.take<float>(kPanel * std::max<int64_t>(done, 1));
     kernel_ = scratch.take<float>(kPanel * kPanel);
@@ -216,7 +222,7 @@ class Pool {
       known_[order[i].position] = true;
     }
     float entries[kBatch * kPanel], explained[kBatch * kPanel];
-    source_pool_.rows(members, m, entries);
+    source_pool_->rows(members, m, entries);
     const float* pointers[kBatch];
     for (int a = 0; a < m; ++a) pointers[a] = earlier_rows_[members[a]];
     simd().gemm(pointers, m, earlier_panel_, kPanel / kGroup, done_, explained);
@@ -228,7 +234,7 @@ class Pool {
   }
 
   int64_t done_;
-  typename Source::Pool source_pool_;
+  std::optional<typename Source::Pool> source_pool_;
   int size_ = 0;
   Candidate outside_{-1.0f, std::numeric_limits<int32_t>::max(), -1};
   alignas(64) float residual_[kPanel];
@@ -244,17 +250,17 @@ class Pool {
 
 }  // namespace detail
 
-// Writes k <= count picks in greedy order and the residual variance of each at its pick (0 past the rank).
+// Writes k picks (no more than there are tokens) in greedy order and the residual variance of each at its pick (0 past
+// the rank).
 template <typename Source>
 void greedy_map(const Source& source, const GreedyProblem& problem, int64_t k, int64_t* indices, float* gains,
                 const Parallel& parallel) {
   Scratch scratch;
-  const int64_t padded = ceil_div(problem.count, kPanel) * kPanel;
-  float* residual = scratch.take<float>(padded, -1.0f);
-  for (int64_t p = 0; p < problem.count; ++p) {
-    if (problem.tier[p] != kNoTier) residual[p] = std::max(problem.diagonal[p], 0.0f);
+  float* residual = scratch.take<float>(problem.positions, -1.0f);
+  for (int64_t p = 0; p < problem.positions; ++p) {
+    if (problem.tier[p] < kNoTier) residual[p] = std::max(problem.diagonal[p], 0.0f);
   }
-  const detail::CholeskyRows rows{scratch.take<float>(padded * k), k};
+  const detail::CholeskyRows rows{scratch.take<float>(problem.positions * k), k};
   detail::Pivots pivots;
   pivots.factor = scratch.take<float>(kPanel * kPanel);
 
@@ -262,7 +268,7 @@ void greedy_map(const Source& source, const GreedyProblem& problem, int64_t k, i
   int64_t applied = 0;  // pivots whose rows stand in `rows`
   float largest = 0.0f;
   for (uint8_t tier = 0; tier < 2 && picked < k; ++tier) {
-    for (int64_t p = 0; p < problem.count; ++p) {
+    for (int64_t p = 0; p < problem.positions; ++p) {
       if (problem.tier[p] == tier) largest = std::max(largest, problem.diagonal[p]);
     }
     const float exhausted_at = kRankTolerance * largest;

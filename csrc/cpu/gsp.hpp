@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "bipartite_match.hpp"
+#include "schedule.hpp"
 
 namespace script::cpu {
 
@@ -25,41 +27,45 @@ inline float redundancy(int32_t degree, float mean, float density, const GspOpti
 
 }  // namespace detail
 
-// One image, from tokens packed as split_tokens orders them. Keeps exactly `keep` tokens, which the caller has checked
+// One image, from tokens packed in the order of split_tokens. Keeps exactly `keep` tokens, which the caller has checked
 // that the rounds can reach. mask and score: one entry per token; score is what a token had when last a source, else 0.
+// `tile` (may be null) is given the products of the first round.
 inline void gsp_packed(const TokenView& tokens, const RowTable& table, const PackedTokens& packed, int64_t keep,
-                       const GspOptions& options, bool* mask, float* score, const Parallel& parallel) {
+                       const GspOptions& options, MatchTile* tile, bool* mask, float* score, const Parallel& parallel) {
   Scratch scratch;
   const int64_t n = tokens.count;
   std::fill(mask, mask + n, true);
   std::fill(score, score + n, 0.0f);
-  const int64_t most = (n + 1) / 2;
-  MatchResult result{scratch.take<float>(most), scratch.take<int32_t>(most), scratch.take<int32_t>(most),
-                     scratch.take<float>(most), scratch.take<float>(most)};
-  int32_t* order = scratch.take<int32_t>(most);
+  const int64_t room = split_by_parity_size(n);
+  MatchResult result{scratch.take<float>(room), scratch.take<int32_t>(room), scratch.take<int32_t>(room),
+                     scratch.take<float>(room), scratch.take<float>(room)};
+  int32_t* order = scratch.take<int32_t>(n);
   int32_t* survivors = scratch.take<int32_t>(n);
-  int32_t* ids = scratch.take<int32_t>(n);
+  int32_t* ids = scratch.take<int32_t>(room);
   int64_t count = n;
   for (int64_t round = 0; round < options.rounds; ++round) {
-    const int64_t destinations = count / 2, sources = count - destinations;
+    Split split = split_of(n);
     if (round == 0) {
-      split_tokens(nullptr, n, ids);
-      match_packed(packed, destinations, options.threshold, result, parallel);
+      split_tokens(n, ids);
+      match_packed(packed, split, options.threshold, result, tile, nullptr, parallel);
     } else {
       Scratch again;
       int64_t next = 0;
       for (int64_t i = 0; i < n; ++i) {
         if (mask[i]) survivors[next++] = static_cast<int32_t>(i);
       }
-      split_tokens(survivors, count, ids);
-      const PackedTokens left(tokens, table, ids, count, again, parallel);
-      match_packed(left, destinations, options.threshold, result, parallel);
+      split = split_by_parity(survivors, count, ids);
+      const PackedTokens left(tokens, table, ids, split.positions(), again, parallel);
+      match_packed(left, split, options.threshold, result, nullptr, tile, parallel);
     }
-    for (int64_t s = 0; s < sources; ++s) {
-      score[ids[destinations + s]] = detail::redundancy(result.degree[s], result.mean[s], result.density[s], options);
-      order[s] = ids[destinations + s];
+    int64_t sources = 0;
+    for (int64_t s = 0; s < split.sources; ++s) {
+      const int32_t token = ids[split.first_source + s];
+      if (token == kHole) continue;
+      score[token] = detail::redundancy(result.degree[s], result.mean[s], result.density[s], options);
+      order[sources++] = token;
     }
-    const int64_t drop = ceil_div(count - keep, options.rounds - round);
+    const int64_t drop = round_quota(count - keep, options.rounds - round);
     if (drop == 0) break;  // another round would score the same split
     // The most redundant go; between equals the lower index stays.
     std::nth_element(order, order + drop - 1, order + sources,
@@ -74,10 +80,12 @@ inline void gsp(const TokenView& tokens, int64_t keep, const GspOptions& options
                 const Parallel& parallel) {
   Scratch scratch;
   const RowTable table = scan_rows(tokens, nullptr, scratch, parallel);
-  int32_t* ids = scratch.take<int32_t>(tokens.count);
-  split_tokens(nullptr, tokens.count, ids);
-  const PackedTokens packed(tokens, table, ids, tokens.count, scratch, parallel);
-  gsp_packed(tokens, table, packed, keep, options, mask, score, parallel);
+  int32_t* ids = scratch.take<int32_t>(split_of(tokens.count).positions());
+  split_tokens(tokens.count, ids);
+  const PackedTokens packed(tokens, table, ids, split_of(tokens.count).positions(), scratch, parallel);
+  std::optional<MatchTile> tile;
+  if (options.rounds > 1 && MatchTile::fits(tokens.count)) tile.emplace(tokens.count, scratch);
+  gsp_packed(tokens, table, packed, keep, options, tile ? &*tile : nullptr, mask, score, parallel);
 }
 
 }  // namespace script::cpu

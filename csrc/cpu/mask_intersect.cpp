@@ -29,6 +29,4 @@ Tensor mask_intersect(const Tensor& ranking, const Tensor& mask, int64_t k) {
 }  // namespace
 }  // namespace script
 
-STABLE_TORCH_LIBRARY_IMPL(script, CPU, m) {
-  m.impl("mask_intersect", TORCH_BOX(&script::mask_intersect));
-}
+STABLE_TORCH_LIBRARY_IMPL(script, CPU, m) { m.impl("mask_intersect", TORCH_BOX(&script::mask_intersect)); }

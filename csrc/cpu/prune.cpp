@@ -8,9 +8,10 @@
 namespace script {
 namespace {
 
-Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep, const std::optional<Tensor>& aligned,
-             const std::optional<Tensor>& query_mask, bool negate, double gsp_drop, double oversample,
-             const std::string& combine, double threshold, double gamma, int64_t min_degree, int64_t rounds) {
+Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
+             const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, bool negate,
+             double gsp_drop, double oversample, const std::string& combine, double threshold, double gamma,
+             int64_t min_degree, int64_t rounds) {
   check_prune(tokens, query, keep, aligned, query_mask, gsp_drop, oversample, combine, threshold, gamma, min_degree,
               rounds);
   const int64_t batch = tokens.size(0), n = tokens.size(1);

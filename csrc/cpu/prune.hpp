@@ -24,8 +24,8 @@ inline PruneOptions prune_options(int64_t n, int64_t keep, double gsp_drop, doub
   return {keep, gsp_keep(n, gsp_drop), restrict ? keep : ranking_size(n, keep, oversample), restrict, gsp};
 }
 
-// Writes options.keep token indices in ascending order. `aligned`: the tokens in the query's space, where `tokens` are not
-// in it.
+// Writes options.keep token indices in ascending order. `aligned`: the tokens in the query's space, where `tokens` are
+// not in it.
 inline void prune(const TokenView& tokens, const std::optional<TokenView>& aligned, const std::optional<Query>& query,
                   bool negate, const PruneOptions& options, int64_t* kept, const Parallel& parallel) {
   Scratch scratch;
@@ -48,14 +48,18 @@ inline void prune(const TokenView& tokens, const std::optional<TokenView>& align
     bad_aligned = in_query_space.bad;
   }
 
-  int32_t* ids = scratch.take<int32_t>(n);
-  split_tokens(nullptr, n, ids);
-  const PackedTokens packed(tokens, table, ids, n, scratch, parallel);
+  const int64_t positions = split_of(n).positions();
+  int32_t* ids = scratch.take<int32_t>(positions);
+  split_tokens(n, ids);
+  const PackedTokens packed(tokens, table, ids, positions, scratch, parallel);
 
   bool* survives = scratch.take<bool>(n, true);
+  std::optional<MatchTile> tile;
   if (options.gsp_keep < n) {
+    if (MatchTile::fits(n)) tile.emplace(n, scratch);
     float* score = scratch.take<float>(n);
-    gsp_packed(tokens, table, packed, options.gsp_keep, options.gsp, survives, score, parallel);
+    gsp_packed(tokens, table, packed, options.gsp_keep, options.gsp, tile ? &*tile : nullptr, survives, score,
+               parallel);
   }
 
   uint8_t* tier = scratch.take<uint8_t>(n);
@@ -65,7 +69,8 @@ inline void prune(const TokenView& tokens, const std::optional<TokenView>& align
   }
   int64_t* ranking = scratch.take<int64_t>(options.ranked);
   float* gains = scratch.take<float>(options.ranked);
-  rank_tokens(packed, table, ids, relevance, 1, tier, options.ranked, ranking, gains, parallel);
+  rank_tokens(packed, table, ids, tile ? &*tile : nullptr, relevance, 1, tier, options.ranked, ranking, gains,
+              parallel);
 
   if (options.restrict) {
     std::copy(ranking, ranking + options.keep, kept);

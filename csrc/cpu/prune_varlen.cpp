@@ -12,8 +12,8 @@ Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::o
                     std::vector<int64_t> keep, const std::optional<Tensor>& aligned, bool negate, double gsp_drop,
                     double oversample, const std::string& combine, double threshold, double gamma, int64_t min_degree,
                     int64_t rounds) {
-  check_prune_varlen(tokens, cu_seqlens, query, keep, aligned, gsp_drop, oversample, combine, threshold, gamma, min_degree,
-                     rounds);
+  check_prune_varlen(tokens, cu_seqlens, query, keep, aligned, gsp_drop, oversample, combine, threshold, gamma,
+                     min_degree, rounds);
   const std::vector<int64_t> starts = check_segments(cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.stride(0),
                                                      tokens.size(0), keep, gsp_drop, rounds);
   const int64_t segments = static_cast<int64_t>(keep.size());

@@ -8,7 +8,8 @@
 namespace script {
 namespace {
 
-Tensor query_relevance(const Tensor& tokens, const Tensor& query, const std::optional<Tensor>& query_mask, bool negate) {
+Tensor query_relevance(const Tensor& tokens, const Tensor& query, const std::optional<Tensor>& query_mask,
+                       bool negate) {
   check_query_relevance(tokens, query, query_mask);
   const int64_t batch = tokens.size(0), n = tokens.size(1);
   Tensor out = empty_cpu({batch, n}, ScalarType::Float);

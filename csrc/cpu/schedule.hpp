@@ -21,9 +21,7 @@ inline int64_t ranking_size(int64_t n, int64_t keep, double oversample) {
 }
 
 // What the next round drops when `left` tokens are still to go and `rounds_left` rounds, this one included, remain.
-inline int64_t round_quota(int64_t left, int64_t rounds_left) {
-  return left / rounds_left + (left % rounds_left != 0);
-}
+inline int64_t round_quota(int64_t left, int64_t rounds_left) { return left / rounds_left + (left % rounds_left != 0); }
 
 // Whether `rounds` rounds get from n tokens to `keep`: no round may drop more than its source tokens.
 inline bool rounds_suffice(int64_t n, int64_t keep, int64_t rounds) {

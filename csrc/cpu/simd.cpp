@@ -25,7 +25,8 @@ int highest_level() {
   for (int level = 0; level < 4; ++level) {
     if (std::strcmp(wanted, kLevels[level]) == 0) return level;
   }
-  throw std::invalid_argument(std::string("SCRIPT_KERNELS_SIMD: expected baseline, avx2, avx512 or avx512_bf16, got ") + wanted);
+  throw std::invalid_argument(std::string("SCRIPT_KERNELS_SIMD: expected baseline, avx2, avx512 or avx512_bf16, got ") +
+                              wanted);
 }
 
 const SimdOps* choose() {

@@ -1,9 +1,9 @@
 // Run-time dispatch over SIMD levels.
 //
-// The inner loops live in simd_kernels.hpp, which is compiled once per level (baseline, AVX2, AVX-512) with that level's
-// compiler flags; everything else is compiled for the baseline only. Callers take the table of the best level the CPU has
-// from simd(). SCRIPT_KERNELS_SIMD=baseline|avx2|avx512|avx512_bf16 in the environment lowers it
-// (never raises it).
+// The inner loops live in simd_kernels.hpp, which is compiled once per level (baseline, AVX2, AVX-512) with that
+// level's compiler flags; everything else is compiled for the baseline only. Callers take the table of the best level
+// the CPU has from simd(). SCRIPT_KERNELS_SIMD=baseline|avx2|avx512|avx512_bf16 in the environment lowers it (never
+// raises it).
 //
 // Layout shared by all loops: tokens stand in panels of kPanel columns, panel[depth][kPanel], 64-byte aligned and zero
 // padded, so that column j of a panel always takes the same arithmetic whatever its neighbours are. That is what makes
@@ -50,15 +50,20 @@ struct SimdOps {
   // 32-bit words makes them. Null where the CPU has no bf16 dot product.
   void (*gemm_bf16)(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c);
 
-  // Folds columns [0, columns) of a tile of raw products into the source's lanes; similarity = raw * source_scale * scale[c].
-  void (*match)(const float* raw, float source_scale, const float* scale, int columns, int32_t first_column, float threshold,
-                MatchLanes* lanes);
+  // out[c] = raw[c] * (row_weight * weight[c]) for c < columns, a multiple of kGroup; 0 up to kPanel.
+  void (*scale_products)(const float* raw, float row_weight, const float* weight, int columns, float* out);
+
+  // Folds columns [0, columns) of a tile of raw products into the source's lanes; similarity = raw * source_scale *
+  // scale[c].
+  void (*match)(const float* raw, float source_scale, const float* scale, int columns, int32_t first_column,
+                float threshold, MatchLanes* lanes);
 
   // Cholesky rows of `m` new pivots on one panel of columns. g[m][kPanel] holds the kernel entries less what earlier
   // pivots explain; factor[a][b] (leading dimension kPanel) is the lower triangular factor of the pivots themselves,
-  // inverse_diagonal[a] = 1 / factor[a][a]. Writes rows[a][kPanel] and takes their squares off `residual`, clamped at 0;
-  // columns with a negative residual (taken) keep it.
-  void (*solve)(const float* g, int m, const float* factor, const float* inverse_diagonal, float* rows, float* residual);
+  // inverse_diagonal[a] = 1 / factor[a][a]. Writes rows[a][kPanel] and takes their squares off `residual`, clamped at
+  // 0; columns with a negative residual (taken) keep it.
+  void (*solve)(const float* g, int m, const float* factor, const float* inverse_diagonal, float* rows,
+                float* residual);
   // One pivot at once: rows[t] = (kernel_row - sum_s pivot[s] rows[s]) * inverse, then the residuals as in solve.
   void (*step)(const float* kernel_row, const float* pivot, int64_t t, float inverse, float* rows, float* residual);
   // Lowest index of the largest of n > 0 values.

@@ -238,8 +238,8 @@ inline void multiply(const Element* const* a, int rows, const Element* panel, in
       const int m = rows - r < kRows ? rows - r : kRows;
       for (int v = 0; v < groups * kGroupVectors; v += kVectors) {
         const int left = groups * kGroupVectors - v;
-        dispatch_tile<Tile>(m, left < kVectors ? left : kVectors, a + r, start * kWord, chunk + v * kFloats * kWord, steps,
-                            start > 0, c + r * kPanel + v * kFloats);
+        dispatch_tile<Tile>(m, left < kVectors ? left : kVectors, a + r, start * kWord, chunk + v * kFloats * kWord,
+                            steps, start > 0, c + r * kPanel + v * kFloats);
       }
     }
   }
@@ -294,6 +294,11 @@ void gemm_bf16(const uint16_t* const* a, int rows, const uint16_t* panel, int gr
 }
 
 #endif
+
+void scale_products(const float* raw, float row_weight, const float* weight, int columns, float* out) {
+  for (int c = 0; c < columns; ++c) out[c] = raw[c] * (row_weight * weight[c]);
+  for (int c = columns; c < kPanel; ++c) out[c] = 0.0f;
+}
 
 // ---- bipartite matching -----------------------------------------------------------------------------------------
 
@@ -407,23 +412,13 @@ int64_t argmax(const float* x, int64_t n) {
 
 constexpr SimdOps make_ops(const char* name) {
   return SimdOps{
-      name,
-      widen_bf16,
-      widen_f16,
-      row_stats,
-      scale_row,
-      finite_row,
-      pack,
-      gemm,
+      name,           widen_bf16, widen_f16, row_stats, scale_row, finite_row, pack, gemm,
 #if defined(SCRIPT_SIMD_BF16)
       gemm_bf16,
 #else
       nullptr,
 #endif
-      match,
-      solve,
-      step,
-      argmax,
+      scale_products, match,      solve,     step,      argmax,
   };
 }
 

@@ -1,8 +1,8 @@
 // Token rows of any floating dtype and stride, as the kernels want them: row statistics and packed panels.
 //
 // A row is multiplied by a power of two where its largest magnitude is far from 1, which is exact and keeps squares and
-// products inside fp32: cosines do not change, and neither 1e38 nor 1e-40 breaks one. A row that holds NaN or Inf ("bad")
-// counts as a zero row.
+// products inside fp32: cosines do not change, and neither 1e38 nor 1e-40 breaks one. A row that holds NaN or Inf
+// ("bad") counts as a zero row.
 #pragma once
 
 #include <cmath>
@@ -18,6 +18,8 @@ namespace script::cpu {
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t pad_to_panel(int64_t n) { return ceil_div(n, kPanel) * kPanel; }
+inline int groups_of(int columns) { return (columns + kGroup - 1) / kGroup; }
 
 // Strides in elements; they may be 0 or negative.
 struct TokenView {
@@ -93,45 +95,61 @@ inline RowTable scan_rows(const TokenView& tokens, const float* direction, Scrat
   return table;
 }
 
-// Rows and panels of one image, in the order of `ids` (position -> token). bf16 tokens stay bf16 where the CPU multiplies
-// them; everything else is fp32.
+inline constexpr int32_t kHole = -1;  // a position without a token
+
+// Rows and panels of one image, in the order of `ids` (position -> token). `positions` is a multiple of kPanel; holes
+// fill a panel up behind its tokens. bf16 tokens stay bf16 where the CPU multiplies them; everything else is fp32.
 class PackedTokens {
  public:
-  PackedTokens(const TokenView& tokens, const RowTable& table, const int32_t* ids, int64_t count, Scratch& scratch,
+  PackedTokens(const TokenView& tokens, const RowTable& table, const int32_t* ids, int64_t positions, Scratch& scratch,
                const Parallel& parallel)
-      : tokens_(tokens), table_(table), ids_(ids), count_(count), bf16_(uses_bf16(tokens.dtype)) {
+      : tokens_(tokens), table_(table), ids_(ids), positions_(positions), bf16_(uses_bf16(tokens.dtype)) {
     depth_ = bf16_ ? (tokens.width + 1) / 2 : tokens.width;  // in 32-bit words
     zero_row_ = scratch.take<float>(depth_, 0.0f);
-    panels_ = scratch.take<float>(ceil_div(count, kPanel) * panel_size());
-    parallel(ceil_div(count, kPanel), 4, [&](int64_t begin, int64_t end) {
+    panels_ = scratch.take<float>(panels() * panel_size());
+    parallel(panels(), 4, [&](int64_t begin, int64_t end) {
       Scratch local;
       float* buffer = local.take<float>(row_buffer_size(kPanel));
       for (int64_t p = begin; p < end; ++p) {
-        const int64_t left = count_ - p * kPanel;
-        int32_t positions[kPanel];
-        const int columns = static_cast<int>(left < kPanel ? left : kPanel);
-        for (int c = 0; c < columns; ++c) positions[c] = static_cast<int32_t>(p * kPanel + c);
-        pack_panel(positions, columns, buffer, panels_ + p * panel_size());
+        int32_t members[kPanel];
+        const float* pointers[kPanel];
+        const int count = columns(p);
+        for (int c = 0; c < count; ++c) members[c] = static_cast<int32_t>(p * kPanel + c);
+        rows(members, count, buffer, pointers);
+        pack_rows(pointers, count, panels_ + p * panel_size());
       }
     });
   }
 
   static bool uses_bf16(DType dtype) { return dtype == DType::kBFloat16 && simd().gemm_bf16 != nullptr; }
 
-  int64_t count() const { return count_; }
+  int64_t positions() const { return positions_; }
+  int64_t panels() const { return positions_ / kPanel; }
+  // Columns of a panel that hold a token; they come first.
+  int columns(int64_t p) const {
+    int count = kPanel;
+    while (count > 0 && ids_[p * kPanel + count - 1] == kHole) --count;
+    return count;
+  }
   int64_t panel_size() const { return depth_ * kPanel; }
-  int64_t token(int64_t position) const { return ids_[position]; }
-  float inverse_norm(int64_t position) const { return table_.inverse_norm[ids_[position]]; }
+  const float* panel(int64_t p) const { return panels_ + p * panel_size(); }
+  int32_t token(int64_t position) const { return ids_[position]; }
+  const int32_t* tokens(int64_t position) const { return ids_ + position; }
+  float inverse_norm(int64_t position) const {
+    return ids_[position] == kHole ? 0.0f : table_.inverse_norm[ids_[position]];
+  }
+
   // Floats that `rows` may need to hold converted rows.
   int64_t row_buffer_size(int64_t rows) const { return rows * (depth_ + 1) + tokens_.width; }
 
-  // Pointers to the rows at `positions`, converted into `buffer` where needed; 32-bit words (fp32 or pairs of bf16).
-  void rows(const int32_t* positions, int64_t count, float* buffer, const float** out) const {
+  // Pointers to the rows at `members` (positions), converted into `buffer` where needed, as 32-bit words: fp32 or pairs
+  // of bf16. A hole has a zero row.
+  void rows(const int32_t* members, int64_t count, float* buffer, const float** out) const {
     float* widened = buffer;
     float* next = buffer + tokens_.width;
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t i = ids_[positions[r]];
-      if (table_.inverse_norm[i] == 0.0f) {
+      const int64_t i = ids_[members[r]];
+      if (i == kHole || table_.inverse_norm[i] == 0.0f) {
         out[r] = zero_row_;
       } else if (bf16_) {
         out[r] = bf16_row(i, widened, next);
@@ -147,17 +165,10 @@ class PackedTokens {
     }
   }
 
-  // A panel of any `count` <= kPanel positions.
-  void pack_panel(const int32_t* positions, int count, float* buffer, float* panel) const {
-    const float* pointers[kPanel];
-    rows(positions, count, buffer, pointers);
-    pack_rows(pointers, count, panel);
-  }
-
-  // The same from the rows themselves, as given by rows().
+  // A panel of up to kPanel rows, as given by rows().
   void pack_rows(const float* const* rows, int count, float* panel) const { simd().pack(rows, count, depth_, panel); }
 
-  // out[r][c] = x_r . x_c, raw, for rows as given by rows() and the columns of a packed panel.
+  // out[r][c] = x_r . x_c, raw, for rows as given by rows() and the first 16 * groups columns of a packed panel.
   void multiply(const float* const* rows, int count, const float* panel, int groups, float* out) const {
     if (bf16_) {
       const uint16_t* pointers[kPanel];
@@ -167,8 +178,6 @@ class PackedTokens {
       simd().gemm(rows, count, panel, groups, depth_, out);
     }
   }
-
-  const float* panel(int64_t p) const { return panels_ + p * panel_size(); }
 
  private:
   const float* bf16_row(int64_t i, float* widened, float* out) const {
@@ -192,7 +201,7 @@ class PackedTokens {
   TokenView tokens_;
   RowTable table_;
   const int32_t* ids_;
-  int64_t count_;
+  int64_t positions_;
   bool bf16_;
   int64_t depth_;
   const float* zero_row_;

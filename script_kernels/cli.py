@@ -1,0 +1,75 @@
+"""The command `script-kernels`: `demo` draws what pruning does to a photograph, `info` tells what is installed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status: 0, or 1 where an extra is missing. Bad arguments exit with 2."""
+    parser, demo = _parsers()
+    arguments = parser.parse_args(argv)
+    return _demo(demo, arguments) if arguments.command == "demo" else _info()
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    parser = argparse.ArgumentParser(prog="script-kernels", description="Visual-token pruning kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="prune a photograph's patches and draw what each stage did",
+        description="Takes a region of a photograph as the question, prunes its patches, writes one picture.",
+    )
+    demo.add_argument(
+        "--image", type=Path, metavar="PATH", help="your own picture (default: one that scikit-image ships)"
+    )
+    demo.add_argument(
+        "--box",
+        type=_box,
+        metavar="x,y,w,h",
+        help="the question's region in pixels (default for your own picture: its middle)",
+    )
+    demo.add_argument("--keep", type=int, default=64, help="patches to keep (default: %(default)s)")
+    demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="PATH", help="default: %(default)s")
+    demo.add_argument("--grid", type=int, default=24, help="patches a side (default: %(default)s)")
+    commands.add_parser("info", help="versions, libraries loaded or why not, what the machine offers")
+    return parser, demo
+
+
+def _box(text: str) -> tuple[int, int, int, int]:
+    try:
+        x, y, w, h = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected four whole numbers x,y,w,h, got {text!r}") from None
+    return x, y, w, h
+
+
+def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    try:
+        from script_kernels import demo
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("script_kernels"):
+            raise
+        missing = error.name.partition(".")[0]
+        print(f'{parser.prog}: {missing} is not installed: pip install "script-kernels[demo]"', file=sys.stderr)
+        return 1
+    try:
+        demo.run(arguments.image, arguments.box, arguments.keep, arguments.grid, arguments.output)
+    except demo.InputError as error:
+        parser.error(str(error))
+    return 0
+
+
+def _info() -> int:
+    from script_kernels.info import collect
+
+    facts = collect()
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:<{width}}  {fact}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""script_kernels.numpy: the same bits as the PyTorch ops, clear errors, no PyTorch needed, GIL released."""
+
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import script_kernels
+import script_kernels.numpy as script_numpy
+from script_kernels import testing
+
+DTYPES = (torch.float32, torch.float16)
+ROOT = pathlib.Path(script_kernels.__file__).parents[1]
+
+
+def same(array: np.ndarray, tensor: torch.Tensor) -> None:
+    assert array.shape == tuple(tensor.shape)
+    assert array.tobytes() == tensor.contiguous().numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "n", "width"), [(1, 1, 1), (2, 63, 7), (3, 577, 40), (0, 5, 4)])
+def test_every_function_gives_the_bits_of_its_op(batch: int, n: int, width: int, dtype: torch.dtype) -> None:
+    tokens = testing.make_tokens("powerlaw", batch, n, width, dtype=dtype, seed=1)
+    query = testing.make_tokens("gaussian", 1, 3, width, dtype=dtype, seed=2)
+    mask = torch.tensor([[True, False, True]])
+    k = (n + 2) // 3
+    relevance = script_kernels.query_relevance(tokens, query, mask, negate=True)
+    same(script_numpy.query_relevance(tokens.numpy(), query.numpy(), mask.numpy(), negate=True), relevance)
+    for got, wanted in zip(
+        script_numpy.gsp(tokens.numpy(), n - n // 2, rounds=2, gamma=0.5, min_degree=2, threshold=0.1),
+        script_kernels.gsp(tokens, n - n // 2, rounds=2, gamma=0.5, min_degree=2, threshold=0.1),
+        strict=True,
+    ):
+        same(got, wanted)
+    ranking, gains = script_kernels.qcsp(tokens, relevance, k)
+    for got, wanted in zip(script_numpy.qcsp(tokens.numpy(), relevance.numpy(), k), (ranking, gains), strict=True):
+        same(got, wanted)
+    kept = torch.arange(n).expand(batch, n) % 2 == 0
+    same(
+        script_numpy.mask_intersect(ranking.numpy(), kept.numpy(), (k + 1) // 2),
+        script_kernels.mask_intersect(ranking, kept, (k + 1) // 2),
+    )
+    for options in (
+        {},
+        {"combine": "restrict", "gsp_drop": 0.5},
+        {"query_mask": mask, "negate": True, "oversample": 1.5},
+    ):
+        arrays = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+        same(
+            script_numpy.prune(tokens.numpy(), query.numpy(), k, **arrays),
+            script_kernels.prune(tokens, query, k, **options),
+        )
+    same(script_numpy.prune(tokens.numpy(), None, k), script_kernels.prune(tokens, None, k))
+    aligned = testing.make_tokens("clustered", batch, n, width, dtype=dtype, seed=3)
+    same(
+        script_numpy.prune(tokens.numpy(), query.numpy(), k, aligned=aligned.numpy()),
+        script_kernels.prune(tokens, query, k, aligned=aligned),
+    )
+
+
+def test_bfloat16_by_ml_dtypes() -> None:
+    tokens = testing.make_tokens("powerlaw", 2, 100, 33, dtype=torch.bfloat16, seed=1)
+    array = tokens.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    same(script_numpy.prune(array, array[:, :2], 20), script_kernels.prune(tokens, tokens[:, :2], 20))
+
+
+def test_strides_and_unaligned_fields() -> None:
+    base = np.random.default_rng(0).standard_normal((2, 40, 12)).astype(np.float32)
+    packed = np.zeros((2, 40, 12), dtype=[("flag", np.uint8), ("value", np.float32)])  # values at odd addresses
+    packed["value"] = base
+    wanted = script_numpy.prune(base, None, 9)
+    for view in (
+        np.asfortranarray(base),
+        np.broadcast_to(base[:, None], (2, 3, 40, 12))[:, 1],
+        np.ascontiguousarray(base[:, ::-1])[:, ::-1],
+        packed["value"],
+    ):
+        assert np.array_equal(script_numpy.prune(view, None, 9), wanted)
+
+
+X = np.zeros((2, 6, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: script_numpy.prune([1.0], None, 1), TypeError, "tokens: expected a numpy.ndarray, got list"),
+        (
+            lambda: script_numpy.prune(X.astype(np.float64), None, 1),
+            TypeError,
+            "tokens: expected float32, bfloat16 or float16, got float64",
+        ),
+        (
+            lambda: script_numpy.prune(X[0], None, 1),
+            ValueError,
+            "tokens: expected shape (B, N, D) with D >= 1, got (6, 4)",
+        ),
+        (lambda: script_numpy.prune(X, None, 7), ValueError, "keep: expected 1 <= keep <= N = 6, got 7"),
+        (lambda: script_numpy.prune(X, None, 2.0), TypeError, "keep: expected an int, got float"),
+        (
+            lambda: script_numpy.prune(X, X[:, :, :3], 2),
+            ValueError,
+            "query: expected shape (2 or 1, Q >= 1, 4), got (2, 6, 3)",
+        ),
+        (
+            lambda: script_numpy.prune(X, X, 2, query_mask=np.ones((1, 5), bool)),
+            ValueError,
+            "query_mask: expected shape (2 or 1, 6), got (1, 5)",
+        ),
+        (
+            lambda: script_numpy.prune(X, X, 2, aligned=X[:1]),
+            ValueError,
+            "aligned: expected shape (2, 6, C) with C >= 1, got (1, 6, 4)",
+        ),
+        (
+            lambda: script_numpy.prune(X, None, 2, gsp_drop=1.0),
+            ValueError,
+            "gsp_drop: expected 0 <= gsp_drop < 1, got 1.0",
+        ),
+        (
+            lambda: script_numpy.prune(X, None, 2, oversample=0.5),
+            ValueError,
+            "oversample: expected a finite number >= 1, got 0.5",
+        ),
+        (
+            lambda: script_numpy.prune(X, None, 2, combine="union"),
+            ValueError,
+            "combine: expected 'intersect' or 'restrict', got 'union'",
+        ),
+        (
+            lambda: script_numpy.prune(X, None, 2, gsp_drop=0.9),
+            ValueError,
+            "gsp_drop: 0.9 keeps 1, which of N = 6 tokens cannot be reached with rounds = 1 "
+            "(a round drops at most half); needs rounds >= 2",
+        ),
+        (
+            lambda: script_numpy.gsp(X, 1),
+            ValueError,
+            "keep: 1 of N = 6 tokens cannot be reached with rounds = 1 (a round drops at most half); needs rounds >= 2",
+        ),
+        (lambda: script_numpy.gsp(X, 4, rounds=0), ValueError, "rounds: expected rounds >= 1, got 0"),
+        (lambda: script_numpy.gsp(X, 4, min_degree=-1), ValueError, "min_degree: expected min_degree >= 0, got -1"),
+        (lambda: script_numpy.gsp(X, 4, gamma=np.inf), ValueError, "gamma: expected a finite number, got inf"),
+        (
+            lambda: script_numpy.qcsp(X, np.ones((2, 5), np.float32), 2),
+            ValueError,
+            "relevance: expected shape (2, 6), got (2, 5)",
+        ),
+        (lambda: script_numpy.qcsp(X, np.ones((2, 6)), 2), TypeError, "relevance: expected float32, got float64"),
+        (
+            lambda: script_numpy.mask_intersect(np.array([[0, 0]]), np.ones((1, 3), bool), 1),
+            ValueError,
+            "ranking: expected distinct indices in [0, N = 3), got 0 twice",
+        ),
+        (
+            lambda: script_numpy.mask_intersect(np.array([[0, 3]]), np.ones((1, 3), bool), 1),
+            ValueError,
+            "ranking: expected distinct indices in [0, N = 3), got 3",
+        ),
+        (
+            lambda: script_numpy.mask_intersect(np.array([[0, 1]]), np.ones((2, 3), bool), 1),
+            ValueError,
+            "mask: expected shape (1, N), got (2, 3)",
+        ),
+    ],
+)
+def test_errors(call, error, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_without_pytorch() -> None:
+    """A fresh process in which torch cannot be imported prunes, and says what the other functions need."""
+    code = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+sys.meta_path.insert(0, NoTorch())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+import numpy, script_kernels.numpy
+tokens = numpy.random.default_rng(0).standard_normal((1, 50, 8)).astype(numpy.float32)
+print(script_kernels.numpy.prune(tokens, tokens[:, :2], 5).shape, "torch" in sys.modules)
+try:
+    script_kernels.prune
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "(1, 5) False"
+    assert second.startswith("script_kernels.prune needs PyTorch, which is not installed")
+
+
+def test_the_gil_is_released() -> None:
+    """While one thread prunes for a while, another one counts; holding the GIL, it would not get to count at all."""
+    tokens = np.random.default_rng(0).standard_normal((1, 4096, 512)).astype(np.float32)
+    done = threading.Event()
+
+    def work() -> None:
+        script_numpy.prune(tokens, None, 512)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ticks = 0
+    while not done.is_set():
+        ticks += 1
+        time.sleep(0.001)
+    thread.join()
+    assert ticks > 3

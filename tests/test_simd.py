@@ -1,0 +1,61 @@
+"""Every SIMD level this CPU has passes the tests of the ops, and the environment variable chooses it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# What the kernel calls the features that a level needs.
+LEVELS = {
+    "baseline": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+}
+TESTS = ["test_relevance.py", "test_bipartite_match.py", "test_gsp.py", "test_dpp.py"]
+
+
+def cpu_flags() -> set[str]:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+HERE = [level for level, needed in LEVELS.items() if needed <= cpu_flags()]
+
+
+def run(*command: str, level: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "SCRIPT_KERNELS_SIMD"}
+    if level is not None:
+        environment["SCRIPT_KERNELS_SIMD"] = level
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600
+    )
+
+
+SHOW = "from script_kernels import _core; print(_core.build_info()['simd'])"
+
+
+@pytest.mark.parametrize("level", [None, *LEVELS])
+def test_the_variable_lowers_the_level_and_never_raises_it(level: str | None) -> None:
+    allowed = list(LEVELS)[: list(LEVELS).index(level or "avx512_bf16") + 1]
+    wanted = [name for name in allowed if name in HERE][-1]
+    assert run("-c", SHOW, level=level).stdout.strip() == wanted
+
+
+def test_an_unknown_level_is_an_error() -> None:
+    result = run("-c", "import torch, script_kernels; script_kernels.prune(torch.ones(1, 4, 2), None, 2)", level="sse9")
+    assert result.returncode != 0
+    assert "SCRIPT_KERNELS_SIMD: expected baseline, avx2, avx512 or avx512_bf16, got sse9" in result.stderr
+
+
+@pytest.mark.parametrize("level", HERE[:-1])  # the best one is what all other tests run on
+def test_the_ops_pass_their_tests(level: str) -> None:
+    tests = [f"tests/{name}" for name in TESTS]
+    result = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not reference", *tests, level=level)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout

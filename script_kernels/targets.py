@@ -2,11 +2,11 @@
 
     python -m script_kernels.targets [--target sm_90 ...] [--only MODULE ...] [--jobs N]
 
-Each module of `script_kernels.triton` exports `LAUNCH_TABLE`, a tuple of (name, call). A call runs a launcher on tensors
-without storage (device "meta"); its kernel launches are recorded, with the types, alignments and constants that the same
-launch on a GPU would have, and compiled for each target. The table that is printed has one line per kernel, variant and
-target: registers, spilled bytes, shared memory and size of the binary. The exit status is 1 if a kernel does not compile,
-spills, or asks for more shared memory than the target has.
+Each module of `script_kernels.triton` exports `LAUNCH_TABLE`, a tuple of (name, call). A call runs a launcher on
+tensors without storage (device "meta"); its kernel launches are recorded, with the types, alignments and constants that
+the same launch on a GPU would have, and compiled for each target. The table that is printed has one line per kernel,
+variant and target: registers, spilled bytes, shared memory and size of the binary. The exit status is 1 if a kernel
+does not compile, spills, or asks for more shared memory than the target has.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def gpu_target(name: str) -> Any:
 
 
 def describe(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes of a launch, specialised as the runtime would: 1 is a constant and multiples of
-    16 are known to be such, pointers among them (allocations are aligned)."""
+    """Signature, constants and attributes of a launch, specialised as the runtime would: 1 is a constant, multiples of
+    16 are known to be such, and pointers are aligned, as allocations are."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -239,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m script_kernels.targets", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="compile for this target only (repeatable)")
     parser.add_argument("--only", action="append", metavar="MODULE", help="only this module's kernels (repeatable)")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
 
     launches = collect(options.only)

@@ -1,9 +1,9 @@
-"""Every source token (even position) against every destination token (odd position), with no similarity matrix in memory.
+"""Every source token (even position) against every destination token (odd position), with no similarity matrix.
 
-A program multiplies one tile of sources with tiles of destinations and reduces degree, sums and best match in registers.
-What tiles contribute to a source is added up across programs by integer atomics: similarities are summed in fixed point
-(2^-24), so the result is exact addition and does not depend on order, tile shape or batch. The best match travels as one
-64-bit maximum of (order key of the similarity, reversed destination).
+A program multiplies one tile of sources with tiles of destinations and reduces degree, sums and best match in
+registers. What tiles contribute to a source is added up across programs by integer atomics: similarities are summed in
+fixed point (2^-24), so the result is exact addition and does not depend on order, tile shape or batch. The best match
+travels as one 64-bit maximum of (order key of the similarity, reversed destination).
 """
 
 import torch
@@ -27,9 +27,9 @@ FIXED = tl.constexpr(16777216.0)  # 2^24: a tile of 64 cosines stays below 2^31
 
 # One row per kind of input: tile of rows and columns, depth of a step, warps, pipeline stages.
 MATCH_TILES = {
-    torch.bfloat16: dict(BM=64, BN=64, BD=64, num_warps=4, num_stages=3),
-    torch.float16: dict(BM=64, BN=64, BD=64, num_warps=4, num_stages=3),
-    torch.float32: dict(BM=32, BN=32, BD=32, num_warps=4, num_stages=2),
+    torch.bfloat16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
+    torch.float16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
+    torch.float32: {"BM": 32, "BN": 32, "BD": 32, "num_warps": 4, "num_stages": 2},
 }
 MAX_SPLITS = 16  # programs that share the destinations of one tile of sources
 BLOCK_FINISH = 256
@@ -155,9 +155,7 @@ def match_kernel(
         b_inv_b = tl.load(p_inv + first + o_b, mask=m_t, other=0.0)
         b_scale_b = tl.load(p_scale + first + o_b, mask=m_t, other=1.0)
         p_b = p_image + o_b.to(tl.int64) * stride_n
-        b_dot = dot_tile(
-            p_a, m_s, b_scale_a, stride_d, p_b, m_t, b_scale_b, stride_d, D, SCALED, BM, BN, BD, PRECISION
-        )
+        b_dot = dot_tile(p_a, m_s, b_scale_a, stride_d, p_b, m_t, b_scale_b, stride_d, D, SCALED, BM, BN, BD, PRECISION)
         b_sim = cosine_tile(b_dot, b_inv_a, b_inv_b)  # [BM, BN]
         m_pair = m_s[:, None] & m_t[None, :]
         b_tile_degree, b_tile_near, b_tile_all = tile_sums(b_sim, m_pair, threshold, 1)
@@ -175,9 +173,7 @@ def match_kernel(
 
 
 @triton.jit
-def finish_kernel(
-    p_sums, p_best, p_match, p_degree, p_mean, p_density, S, N, slots, rows, BLOCK: tl.constexpr
-):
+def finish_kernel(p_sums, p_best, p_match, p_degree, p_mean, p_density, S, N, slots, rows, BLOCK: tl.constexpr):
     """The five outputs per source token from the integer sums."""
     i_s, i_tile, first, n = locate(p_sums, tl.program_id(0), S, N, slots, 2 * BLOCK, False)
     sources = (n + 1) // 2
@@ -249,7 +245,7 @@ def launch_match(
 def launch_bipartite_match(
     tokens: torch.Tensor, threshold: float = 0.2
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Best, match, degree, mean, density per source token of tokens (B, N, D): each (B, ceil(N / 2)). Three launches."""
+    """Best, match, degree, mean, density per source token of (B, N, D): each (B, ceil(N / 2)). Three launches."""
     segments, n, _ = dense_layout(tokens, None)
     sources = (n + 1) // 2
     device = tokens.device

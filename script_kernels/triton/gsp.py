@@ -1,8 +1,9 @@
 """Graph-structured pruning: scores the source tokens by their redundancy and drops the highest, round by round.
 
-A round is two launches: `match_kernel` leaves degree and sums per source, `select_kernel` turns them into redundancy, finds
-the q-th largest by its digits (16 counts at a time, no sort), drops what lies above it and, among the equal, the highest
-indices, and writes the list of survivors. Every round has a size known beforehand, so nothing returns to the host.
+A round is two launches: `match_kernel` leaves degree and sums per source, `select_kernel` turns them into redundancy,
+finds the q-th largest by its digits (16 counts at a time, no sort), drops what lies above it and, among the equal, the
+highest indices, and writes the list of survivors. Every round has a size known beforehand, so nothing returns to the
+host.
 """
 
 import struct

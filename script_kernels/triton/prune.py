@@ -2,8 +2,8 @@
 
 1. the mean query vector; 2. one pass over the tokens: norms, raw relevance and its range; 3. one pass over the upper
 triangle of S: a tile becomes L = diag(r) S diag(r) and, its even-odd half, the degrees and sums of GSP on both of its
-sides; 4. GSP's choice; 5. the greedy ranking, which ends once it has met `keep` of GSP's tokens, for those are the result;
-6. the intersection. Every further round of GSP takes two launches more, no query one less.
+sides; 4. GSP's choice; 5. the greedy ranking, which ends once it has met `keep` of GSP's tokens, for those are the
+result; 6. the intersection. Every further round of GSP takes two launches more, no query one less.
 
 Images of up to WIDEST tokens have L in memory; longer ones have their kernel rows computed from the tokens. Packed
 segments (`prune_varlen`) run through the same kernels with the same bits. The host knows the lengths' sum T alone, so
@@ -36,9 +36,9 @@ from .tokens import (
 WIDEST = 8192  # L of an image of more tokens is not kept in memory
 # dtype -> tile edge, columns per product, warps, pipeline stages. fp32 products run on the ordinary cores.
 JOINT_TILES = {
-    torch.bfloat16: dict(BT=64, BD=64, num_warps=8, num_stages=3),
-    torch.float16: dict(BT=64, BD=64, num_warps=8, num_stages=3),
-    torch.float32: dict(BT=32, BD=16, num_warps=4, num_stages=3),
+    torch.bfloat16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
+    torch.float16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
+    torch.float32: {"BT": 32, "BD": 16, "num_warps": 4, "num_stages": 3},
 }
 FANOUT = 16  # programs that share one row of tiles
 BLOCK_RANKS = 1024
@@ -176,7 +176,7 @@ def intersect_kernel(
     VARLEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One image per program: the first `keep` ranked tokens that are in the mask, filled up from the rest; ascending."""
+    """One image per program: the first `keep` ranked tokens in the mask, filled up from the rest, ascending."""
     i_s = tl.program_id(0)
     first, n = segment(p_cu, i_s, N, VARLEN)
     i_out = i_s.to(tl.int64) * keep
@@ -240,7 +240,7 @@ def launch_joint(
     threshold: float,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Relevance (rows,) and L (B, N, N) or (T, width), GSP's sums on the way; L is empty where no image may have one."""
+    """Relevance (rows,) and L (B, N, N) or (T, width), GSP's sums on the way; L is empty where images are too long."""
     segments, n, strides = dense_layout(tokens, cu_seqlens)
     varlen = cu_seqlens is not None
     tile = JOINT_TILES[tokens.dtype]
@@ -362,7 +362,8 @@ def prune_segments(
         score=True,
         planes=PLANES,
     )
-    assert score is not None and sums is not None
+    assert score is not None
+    assert sums is not None
 
     with_kernel = varlen or n <= WIDEST
     upto = min(n, WIDEST)
@@ -373,9 +374,7 @@ def prune_segments(
         plans.append(plan_greedy(tokens.device, segments, n, k, features=True, varlen=varlen))
     buffers = [plan.slot_buffer(tokens.device) for plan in plans]
     clear = buffers[0] if len(buffers) == 1 else torch.cat([b.view(-1) for b in buffers])
-    relevance, kernel = launch_joint(
-        tokens, inv_norm, scale, score, score_range, sums, clear, threshold, cu_seqlens
-    )
+    relevance, kernel = launch_joint(tokens, inv_norm, scale, score, score_range, sums, clear, threshold, cu_seqlens)
     mask, _ = launch_select(
         tokens,
         inv_norm,
@@ -453,7 +452,9 @@ def launch_prune(
     ).view(batch, keep)
 
 
-def _example(dtype: torch.dtype, *, query: bool = True, aligned: bool = False, combine: str = "intersect") -> torch.Tensor:
+def _example(
+    dtype: torch.dtype, *, query: bool = True, aligned: bool = False, combine: str = "intersect"
+) -> torch.Tensor:
     tokens = torch.empty(8, 576, 4096, dtype=dtype, device="meta")
     return launch_prune(
         tokens,

@@ -1,7 +1,7 @@
 """prune_varlen: `prune` of packed segments, in the launches of a dense batch and one more per 32 segments.
 
-The extra launch puts the counts of `keep`, which are host integers, on the device. They travel as kernel arguments: a copy
-from pageable memory would synchronise, and a CUDA graph would not keep it.
+The extra launch puts the counts of `keep`, which are host integers, on the device. They travel as kernel arguments: a
+copy from pageable memory would synchronise, and a CUDA graph would not keep it.
 """
 
 from collections.abc import Sequence

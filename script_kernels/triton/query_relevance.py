@@ -1,8 +1,8 @@
 """Relevance of each token to the query: r_i = minmax_i(mean_q cos(a_i, q)).
 
-The mean of cosines is one dot product with the mean unit query vector, so three launches suffice: that vector; one pass
-over the tokens, which gives cosines, norms and, by integer atomics on order-preserving keys, the range of each image; the
-min-max. `prune` does the third inside its own kernels.
+The mean of cosines is one dot product with the mean unit query vector, so three launches suffice: that vector; one
+pass over the tokens, which gives cosines, norms and, by integer atomics on order-preserving keys, the range of each
+image; the min-max. `prune` does the third inside its own kernels.
 """
 
 import torch
@@ -96,7 +96,8 @@ def min_max(b_score, low, high):
     high = from_order_key(high)
     m_constant = high - low <= 1e-6
     b_r = (b_score - low) / tl.where(m_constant, 1.0, high - low)
-    b_r = tl.where(m_constant | (b_score >= high), 1.0, tl.minimum(tl.maximum(b_r, 0.0), 1.0))
+    b_r = tl.where(b_score >= high, 1.0, tl.minimum(tl.maximum(b_r, 0.0), 1.0))
+    b_r = tl.where(m_constant, 1.0, b_r)
     return tl.where(b_score == float("inf"), 0.0, b_r)
 
 
@@ -113,7 +114,7 @@ def min_max_kernel(p_score, p_range, p_relevance, S, N, slots, BLOCK: tl.constex
 def launch_mean_query(
     query: torch.Tensor, query_mask: torch.Tensor | None, negate: bool, images: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean unit query vectors (B or 1, C) fp32 of (B or 1, Q, C) queries, and the reset score range (images, 2) int32."""
+    """Mean unit query vectors (B or 1, C) fp32 of (B or 1, Q, C) queries; the score range (images, 2) int32, reset."""
     batch, q, c = query.shape
     if query_mask is not None and query_mask.shape[0] > batch:
         query = query.expand(query_mask.shape[0], q, c)

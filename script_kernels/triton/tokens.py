@@ -16,7 +16,7 @@ altogether; a program whose slot lies behind the end of its segment returns at o
 `first + row`, with `first` = image * N or cu[s].
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -29,8 +29,8 @@ STATS_WARPS = 4
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-def device_guard(tensor: torch.Tensor):
-    """Make the tensor's device current: Triton launches on the current device. CPU tensors (the interpreter) need none."""
+def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's device current, which is where Triton launches. CPU tensors (the interpreter) need none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -128,8 +128,8 @@ def row_pass(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One pass over whole rows: largest magnitude (inf for a row holding NaN or Inf), and, of the scaled row without these,
-    the sum of squares and the dot with `p_other`."""
+    """One pass over whole rows: largest magnitude (inf for a row holding NaN or Inf), and, of the scaled row without
+    these, the sum of squares and the dot with `p_other`."""
     b_max = tl.zeros([BR, BC], dtype=tl.float32)
     b_sq = tl.zeros([BR, BC], dtype=tl.float32)
     b_dot = tl.zeros([BR, BC], dtype=tl.float32)
@@ -310,9 +310,7 @@ def token_kernel(
         i_image = i_s.to(tl.int64)
     p_rows = p_tokens + i_image * stride_b + o_row * stride_n
     p_vector = p_query + i_s.to(tl.int64) * stride_q
-    b_inv, b_scale, b_score = row_stats(
-        p_rows, m_n, stride_d, p_vector, D, QUERY and not ALIGNED, BR, BC, SCALED, SAFE
-    )
+    b_inv, b_scale, b_score = row_stats(p_rows, m_n, stride_d, p_vector, D, QUERY and not ALIGNED, BR, BC, SCALED, SAFE)
     tl.store(p_inv + o_flat, b_inv, mask=m_n)
     tl.store(p_scale + o_flat, b_scale, mask=m_n)
     if SCORE:

@@ -5,10 +5,12 @@ after every case, so that what was measured stays when the time is up. With --cs
 """
 
 import argparse
+import datetime
 import gc
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +30,21 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def environment(device: torch.device) -> dict[str, str]:
+    """The facts that stand in every row; COMMIT names the commit where the tree is no git checkout."""
+    if shutil.which("git"):
+        known = report.environment(device)
+    else:
+        known = {
+            "device": torch.cuda.get_device_name(device),
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "script-kernels": script_kernels.__version__,
+            "torch": torch.__version__,
+            "commit": "unknown: git is not installed",
+        }
+    return known | ({"commit": os.environ["COMMIT"]} if os.environ.get("COMMIT") else {})
+
+
 def facts(device: torch.device) -> dict[str, object]:
     """What a reader needs to know to believe a number."""
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
@@ -42,8 +59,7 @@ def facts(device: torch.device) -> dict[str, object]:
     except ImportError:
         triton_version = "not installed"
     properties = torch.cuda.get_device_properties(device)
-    return report.environment(device) | {
-        "commit": os.environ.get("COMMIT") or report.environment(device)["commit"],
+    return environment(device) | {
         "triton": triton_version,
         "cuda": torch.version.cuda or "none",
         "driver, SM clock, its maximum, power limit": smi,
@@ -207,7 +223,8 @@ def ops(device: torch.device, peaks: timing.Peaks, deadline: float, out: pathlib
     left_out: list[str] = []
     compiled = baselines.Compiled()
     inputs: DeviceInputs | None = None
-    known = report.environment(device)
+    case: Case | None = None
+    known = environment(device)
     for op, row, width, dtype in plan():
         name = f"{op} {row.name} D{width} {str(dtype).removeprefix('torch.')}"
         if time.monotonic() > deadline:
@@ -215,7 +232,7 @@ def ops(device: torch.device, peaks: timing.Peaks, deadline: float, out: pathlib
             continue
         try:
             if inputs is None or (inputs.row, inputs.width, inputs.dtype) != (row, width, dtype):
-                inputs = None
+                inputs = case = None
                 release()
                 inputs = DeviceInputs(row, width, dtype, device, "powerlaw")
             case = make_case(op, inputs)

@@ -11,6 +11,9 @@ Packed batches (`cu_seqlens`) write row i of the packed tokens to row i of a (T,
 segment's start. The length of a segment is known to the device only; W bounds it.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,8 +27,14 @@ CLEAR_BLOCK = 256
 TILES = {
     torch.bfloat16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
     torch.float16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
-    torch.float32: {"BT": 64, "BD": 16, "num_warps": 4, "num_stages": 3},
+    torch.float32: {"BT": 32, "BD": 32, "num_warps": 4, "num_stages": 3},
 }
+REGISTERS = 255
+
+
+def register_limit(device: torch.device, registers: int) -> dict[str, Any]:
+    """A launch option. Without it ptxas aims at occupancy, and may spill a little to save a few registers."""
+    return {} if device.type == "cpu" or torch.version.hip is not None else {"maxnreg": registers}
 
 
 @triton.jit
@@ -175,5 +184,24 @@ def launch_kernel_matrix(
             CHUNK=CHUNK,
             BCLEAR=CLEAR_BLOCK,
             **tile,
+            **register_limit(tokens.device, REGISTERS),
         )
     return out
+
+
+def _table_entry(dtype: torch.dtype, varlen: bool) -> None:
+    """A launch of one variant, on any device."""
+    meta = {"device": torch.device("meta")}
+    shape = (2048,) if varlen else (2, 1024)
+    row = torch.empty(shape, dtype=torch.float32, **meta)
+    tokens = torch.empty((*shape, 4096), dtype=dtype, **meta)
+    cu_seqlens = torch.empty(3, dtype=torch.int32, **meta) if varlen else None
+    clear = torch.empty(4096, dtype=torch.int64, **meta)
+    launch_kernel_matrix(tokens, row, row, row, cu_seqlens=cu_seqlens, width=1024, clear=clear)
+
+
+LAUNCH_TABLE = tuple(
+    (f"{str(dtype)[6:]}{' packed' if varlen else ''}", partial(_table_entry, dtype, varlen))
+    for dtype in TILES
+    for varlen in (False, True)
+)

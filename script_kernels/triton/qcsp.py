@@ -37,6 +37,4 @@ def launch_qcsp(
         slots.zero_()
     else:
         kernel = launch_kernel_matrix(tokens, relevance, inv_norm, scale, clear=slots)
-    return launch_greedy(
-        relevance, k, plan, slots, kernel=kernel, tokens=tokens, inv_norm=inv_norm, scale=scale
-    )
+    return launch_greedy(relevance, k, plan, slots, kernel=kernel, tokens=tokens, inv_norm=inv_norm, scale=scale)

@@ -23,7 +23,7 @@ def test_against_float64(case, dtype):
     test_prune.test_against_float64(BACKEND, "clustered", dtype, case)
 
 
-@pytest.mark.parametrize("case", ["default", "restrict", "many rounds"])
+@pytest.mark.parametrize("case", ["default", "restrict"])
 def test_against_the_composition_of_the_launchers(case):
     test_prune.test_against_the_composition(BACKEND, "photo", case, False)
 
@@ -47,12 +47,13 @@ def test_full_size():
 @pytest.mark.parametrize("combine", ["intersect", "restrict"])
 @pytest.mark.parametrize("name", testing.ADVERSARIAL)
 def test_adversarial(name, combine):
-    """Bad tokens only where there are not enough others."""
+    """The ranking of 40 tokens holds a bad one only if there are not as many others."""
     tokens = testing.adversarial_tokens(name, 2, 70, 12)
-    kept = launch_prune(tokens.to(DEVICE), testing.make_query(1, 2, 12).to(DEVICE), 30, combine=combine).cpu()
-    test_prune.assert_selection(kept, 2, 70, 30)
+    kept = launch_prune(tokens.to(DEVICE), testing.make_query(1, 2, 12).to(DEVICE), 20, combine=combine).cpu()
+    test_prune.assert_selection(kept, 2, 70, 20)
     good = torch.isfinite(tokens).all(-1)
-    assert torch.equal(good.gather(1, kept).sum(1), good.sum(1).clamp(max=30))
+    assert name == "all_bad" or (good.sum(1) >= 40).all()
+    assert torch.equal(good.gather(1, kept).sum(1), good.sum(1).clamp(max=20))
 
 
 @pytest.mark.parametrize("combine", ["intersect", "restrict"])
@@ -71,7 +72,7 @@ def test_aligned_rows_give_the_relevance_and_make_tokens_bad():
         assert torch.equal(kept.cpu(), expected)
         spoilt = aligned.clone()
         spoilt[0, expected[0, :5], 3] = float("inf")
-        kept = launch_prune(tokens.to(DEVICE), query.to(DEVICE), 35, spoilt.to(DEVICE), combine=combine).cpu()
+        kept = launch_prune(tokens.to(DEVICE), query.to(DEVICE), 12, spoilt.to(DEVICE), combine=combine).cpu()
         assert not set(kept[0].tolist()) & set(expected[0, :5].tolist())
 
 
@@ -124,7 +125,7 @@ def test_intersection_without_a_mask_sorts():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"combine": "restrict", "gsp_drop": 0.5}, {"rounds": 2, "oversample": 3.0}])
 def test_varlen_equals_prune_per_segment(options, dtype):
-    lengths, keep = [64, 33, 1, 0, 70], [16, 33, 1, 0, 5]
+    lengths, keep = [65, 17, 1, 0, 30], [16, 17, 1, 0, 5]
     tokens = testing.make_tokens("clustered", 1, sum(lengths), 24, dtype=dtype, device=DEVICE)[0]
     query = testing.make_query(len(lengths), 3, 24, dtype=dtype, device=DEVICE)
     test_prune_varlen.assert_varlen(BACKEND, tokens, lengths, query, keep, **options)
@@ -132,8 +133,8 @@ def test_varlen_equals_prune_per_segment(options, dtype):
 
 @pytest.mark.parametrize("name", testing.ADVERSARIAL)
 def test_varlen_of_adversarial_tokens(name):
-    lengths, keep = [40, 3, 67], [13, 2, 30]
-    tokens = testing.adversarial_tokens(name, 1, 110, 16, device=DEVICE)[0]
+    lengths, keep = [30, 3, 37], [13, 2, 17]
+    tokens = testing.adversarial_tokens(name, 1, 70, 16, device=DEVICE)[0]
     test_prune_varlen.assert_varlen(BACKEND, tokens, lengths, testing.make_query(1, 2, 16, device=DEVICE), keep)
 
 

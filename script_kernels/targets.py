@@ -244,6 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     launches = collect(options.only)
     if not launches:
         print("no kernel found", file=sys.stderr)

@@ -12,6 +12,7 @@ their L is a (T, min(T, WIDEST)) buffer: memory is the price of not asking the d
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -362,8 +363,6 @@ def prune_segments(
         score=True,
         planes=PLANES,
     )
-    assert score is not None
-    assert sums is not None
 
     with_kernel = varlen or n <= WIDEST
     upto = min(n, WIDEST)
@@ -394,13 +393,15 @@ def prune_segments(
     else:
         assert counts is not None
         need = counts
-    options = {"inv_norm": inv_norm, "scale": scale, "cu_seqlens": cu_seqlens}
+    options: dict[str, Any] = {"inv_norm": inv_norm, "scale": scale, "cu_seqlens": cu_seqlens}
     options |= {"stop": mask, "need": need, "limits": limits} if intersect else {"tier": mask, "limits": counts}
     picks = None
     for i, plan in enumerate(plans):
         offset = sum(b.numel() for b in buffers[:i])
         slots = clear.view(-1)[offset : offset + buffers[i].numel()].view(buffers[i].shape)
-        source = {"kernel": kernel, "upto": upto} if with_kernel and i == 0 else {"tokens": tokens, "above": upto}
+        source: dict[str, Any] = (
+            {"kernel": kernel, "upto": upto} if with_kernel and i == 0 else {"tokens": tokens, "above": upto}
+        )
         if not with_kernel:
             source["above"] = 0
         picks = launch_greedy(relevance, k, plan, slots, **source, **options, out=picks)

@@ -356,11 +356,11 @@ def launch_token_pass(
     score: bool = False,
     planes: int = 0,
     best: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One launch over (B, N, D) or packed (T, D) tokens; `aligned` is read for the relevance in their place.
 
-    Returns inv_norm and scale (rows,), score (rows,) or None, and the cleared integer sums (planes, rows) or None, with
-    rows = B * N or T. `mean_query` (B or 1, C) and `score_range` (B, 2) come from `launch_mean_query`.
+    Returns, with rows = B * N or T, inv_norm and scale (rows,), score (rows,), empty unless asked for, and the cleared
+    integer sums (planes, rows). `mean_query` (B or 1, C) and `score_range` (B, 2) come from `launch_mean_query`.
     """
     segments, n, strides = dense_layout(tokens, cu_seqlens)
     varlen = cu_seqlens is not None
@@ -368,8 +368,8 @@ def launch_token_pass(
     device = tokens.device
     inv_norm = torch.empty(rows, dtype=torch.float32, device=device)
     scale = torch.empty_like(inv_norm)
-    scores = torch.empty_like(inv_norm) if score else None
-    sums = torch.empty((planes, rows), dtype=torch.int64, device=device) if planes else None
+    scores = torch.empty(rows if score else 0, dtype=torch.float32, device=device)
+    sums = torch.empty((planes, rows), dtype=torch.int64, device=device)
     if rows:
         slots, total = slot_count(segments, n, BLOCK_ROWS, varlen)
         aligned_strides = dense_layout(aligned, cu_seqlens)[2] if aligned is not None else [0, 0, 0]
@@ -383,7 +383,7 @@ def launch_token_pass(
                 scale,
                 scores if score else inv_norm,
                 inv_norm if score_range is None else score_range,
-                inv_norm if sums is None else sums,
+                sums if planes else inv_norm,
                 *strides,
                 *aligned_strides,
                 mean_query.stride(0) if mean_query is not None and mean_query.shape[0] > 1 else 0,

@@ -61,6 +61,38 @@ assert compiled == written, compiled ^ written
     assert done.returncode == 0, done.stderr
 
 
+def test_prune_takes_six_launches():
+    """Up to 1024 tokens; packed segments take one more, which places `keep`."""
+    script = """
+import torch
+from script_kernels import targets
+from script_kernels.triton.prune import launch_prune
+from script_kernels.triton.prune_varlen import launch_prune_varlen
+
+
+def count(call):
+    with targets.recording("prune") as take:
+        call()
+        return len(take(""))
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+query, aligned = empty(1, 20, 768), empty(32, 576, 768)
+print(count(lambda: launch_prune(empty(1, 576, 4096), empty(1, 20, 4096), 64)))
+print(count(lambda: launch_prune(empty(8, 1024, 1024), empty(8, 20, 1024), 128)))
+print(count(lambda: launch_prune(empty(32, 576, 1024), query, 64, aligned, combine="restrict")))
+print(count(lambda: launch_prune(empty(1, 576, 4096), None, 64)))
+bounds = empty(6, dtype=torch.int32)
+print(count(lambda: launch_prune_varlen(empty(2880, 4096), bounds, empty(5, 20, 4096), [32] * 5)))
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["6", "6", "6", "5", "7"]
+
+
 BAD_KERNELS = """
 import torch
 import triton

@@ -25,7 +25,7 @@ GPU_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
-CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc)
 CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests setup.py .ci/smoke.py

@@ -128,3 +128,12 @@ def test_error_names_the_rounds_that_work(backend, n, keep, rounds, enough):
         backend.gsp(tokens, keep, rounds=rounds)
     mask, _ = backend.gsp(tokens, keep, rounds=enough)
     assert mask.sum() == keep
+
+
+@pytest.mark.parametrize("gamma", [1e300, -1e300])
+def test_parameters_beyond_float32(op, gamma):
+    """As float32, such a gamma is infinite, and infinite times a mean that equals the threshold would be NaN."""
+    tokens = torch.tensor([1.0, 0.0], device=op.device).expand(1, 8, 2)
+    mask, redundancy = op.gsp(tokens, 6, threshold=1.0, gamma=gamma)
+    assert not redundancy.isnan().any()
+    assert mask[0].tolist() == [True, True, True, True, False, True, False, True]

@@ -97,16 +97,18 @@ def test_zero_and_bad_query_vectors_have_cosine_zero(backend, spoil):
     assert (backend.query_relevance(tokens, query)[0] == 1).all()
 
 
-def test_bad_tokens_stay_out_of_the_min_max(backend):
-    tokens = testing.make_tokens("gaussian", 1, 30, 8, device=backend.device)
-    query = testing.make_query(1, 2, 8, device=backend.device)
+@pytest.mark.parametrize("negate", [False, True])
+def test_bad_tokens_stay_out_of_the_min_max(backend, negate):
+    """All finite tokens lean towards the query, so that a cosine of 0 taken in for a bad one would be the smallest."""
+    query = testing.make_query(1, 1, 8, device=backend.device)
+    tokens = testing.make_tokens("gaussian", 1, 30, 8, device=backend.device) + 3 * query
     good = torch.ones(30, dtype=torch.bool)
     good[[0, 13, 29]] = False
-    clean = backend.query_relevance(tokens[:, good.to(backend.device)], query)
+    clean = backend.query_relevance(tokens[:, good.to(backend.device)], query, negate=negate)
     tokens[0, 0, 0], tokens[0, 13, 7], tokens[0, 29] = math.nan, math.inf, -math.inf
-    result = backend.query_relevance(tokens, query)
+    result = backend.query_relevance(tokens, query, negate=negate)
     assert (result.cpu()[0, ~good] == 0).all()
-    torch.testing.assert_close(result.cpu()[0, good], clean.cpu()[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(result.cpu()[0, good], clean.cpu()[0], rtol=0, atol=1e-5)
 
 
 def test_zero_tokens_take_part_with_cosine_zero(backend):
@@ -136,7 +138,7 @@ def test_what_counts_as_constant(backend, spread, constant):
     turned = math.acos(0.6 - spread)
     tokens = torch.tensor([[[math.cos(a), math.sin(a)] for a in (angle, turned)]], device=backend.device)
     result = backend.query_relevance(tokens, torch.tensor([[[1.0, 0.0]]], device=backend.device))
-    assert result.tolist() == [[1.0, 1.0]] if constant else [[1.0, 0.0]]
+    assert result.tolist() == ([[1.0, 1.0]] if constant else [[1.0, 0.0]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

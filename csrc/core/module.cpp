@@ -111,7 +111,7 @@ Array<float> query_relevance(const py::array& tokens, const py::array& query,
   return out;
 }
 
-std::pair<Array<bool>, Array<float>> gsp(const py::array& tokens, int64_t keep, float threshold, float gamma,
+std::pair<Array<bool>, Array<float>> gsp(const py::array& tokens, int64_t keep, double threshold, double gamma,
                                          int64_t min_degree, int64_t rounds) {
   const int64_t batch = tokens.shape(0), n = tokens.shape(1);
   Array<bool> mask({batch, n});
@@ -121,8 +121,8 @@ std::pair<Array<bool>, Array<float>> gsp(const py::array& tokens, int64_t keep, 
   const Images images(tokens);
   py::gil_scoped_release release;
   for (int64_t b = 0; b < batch; ++b) {
-    cpu::gsp(images[b], keep, {threshold, gamma, min_degree, rounds}, mask_data + b * n, redundancy_data + b * n,
-             cpu::serial);
+    cpu::gsp(images[b], keep, cpu::gsp_options(threshold, gamma, min_degree, rounds), mask_data + b * n,
+             redundancy_data + b * n, cpu::serial);
   }
   return {mask, redundancy};
 }
@@ -158,7 +158,7 @@ Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& 
 
 Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& query, int64_t keep,
                      const std::optional<py::array>& aligned, const std::optional<Array<bool>>& query_mask, bool negate,
-                     double gsp_drop, double oversample, bool restrict, float threshold, float gamma,
+                     double gsp_drop, double oversample, bool restrict, double threshold, double gamma,
                      int64_t min_degree, int64_t rounds) {
   const int64_t batch = tokens.shape(0), n = tokens.shape(1);
   Array<int64_t> out({batch, keep});
@@ -168,8 +168,8 @@ Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& qu
   if (query.has_value()) queries.emplace(*query, query_mask);
   std::optional<Images> aligned_images;
   if (aligned.has_value()) aligned_images.emplace(*aligned);
-  const cpu::PruneOptions options =
-      cpu::prune_options(n, keep, gsp_drop, oversample, restrict, {threshold, gamma, min_degree, rounds});
+  const cpu::PruneOptions options = cpu::prune_options(n, keep, gsp_drop, oversample, restrict,
+                                                       cpu::gsp_options(threshold, gamma, min_degree, rounds));
   py::gil_scoped_release release;
   for (int64_t b = 0; b < batch; ++b) {
     std::optional<cpu::Query> image_query;

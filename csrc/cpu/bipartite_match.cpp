@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bipartite_match(const Tensor&
                              degree.mutable_data_ptr<int32_t>(), mean.mutable_data_ptr<float>(),
                              density.mutable_data_ptr<float>()};
   for_each_image(batch, [&](int64_t b, const cpu::Parallel& parallel) {
-    cpu::bipartite_match(image_view(tokens, b), static_cast<float>(threshold), all.at(b * sources), parallel);
+    cpu::bipartite_match(image_view(tokens, b), cpu::saturate(threshold), all.at(b * sources), parallel);
   });
   return {best, match, degree, mean, density};
 }

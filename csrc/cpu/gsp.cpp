@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> gsp(const Tensor& tokens, int64_t keep, double thresh
   Tensor redundancy = empty_cpu({batch, n}, ScalarType::Float);
   bool* mask_data = mask.mutable_data_ptr<bool>();
   float* redundancy_data = redundancy.mutable_data_ptr<float>();
-  const cpu::GspOptions options{static_cast<float>(threshold), static_cast<float>(gamma), min_degree, rounds};
+  const cpu::GspOptions options = cpu::gsp_options(threshold, gamma, min_degree, rounds);
   for_each_image(batch, [&](int64_t b, const cpu::Parallel& parallel) {
     cpu::gsp(image_view(tokens, b), keep, options, mask_data + b * n, redundancy_data + b * n, parallel);
   });

@@ -16,6 +16,10 @@ struct GspOptions {
   int64_t rounds = 1;
 };
 
+inline GspOptions gsp_options(double threshold, double gamma, int64_t min_degree, int64_t rounds) {
+  return {saturate(threshold), saturate(gamma), min_degree, rounds};
+}
+
 namespace detail {
 
 // d exp(gamma (mu - tau)); thinly connected tokens count half of that plus half their density.

@@ -17,7 +17,7 @@ Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t k
   const int64_t batch = tokens.size(0), n = tokens.size(1);
   Tensor out = empty_cpu({batch, keep}, ScalarType::Long);
   int64_t* kept = out.mutable_data_ptr<int64_t>();
-  const cpu::GspOptions gsp{static_cast<float>(threshold), static_cast<float>(gamma), min_degree, rounds};
+  const cpu::GspOptions gsp = cpu::gsp_options(threshold, gamma, min_degree, rounds);
   const cpu::PruneOptions options = cpu::prune_options(n, keep, gsp_drop, oversample, combine == "restrict", gsp);
   std::optional<QueryRows> rows;
   if (query.has_value()) rows.emplace(*query, query_mask);

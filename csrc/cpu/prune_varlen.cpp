@@ -21,7 +21,7 @@ Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::o
   for (size_t s = 0; s < keep.size(); ++s) offsets[s + 1] = offsets[s] + keep[s];
   Tensor out = empty_cpu({offsets.back()}, ScalarType::Long);
   int64_t* kept = out.mutable_data_ptr<int64_t>();
-  const cpu::GspOptions gsp{static_cast<float>(threshold), static_cast<float>(gamma), min_degree, rounds};
+  const cpu::GspOptions gsp = cpu::gsp_options(threshold, gamma, min_degree, rounds);
   std::optional<QueryRows> rows;
   const std::optional<Tensor> no_mask;
   if (query.has_value()) rows.emplace(*query, no_mask);

@@ -5,9 +5,11 @@
 // ("bad") counts as a zero row.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "parallel.hpp"
 #include "simd.hpp"
@@ -55,6 +57,12 @@ struct RowTable {
   uint8_t* bad = nullptr;
   float* cosine = nullptr;  // with the direction given to scan_rows, or null
 };
+
+// A parameter as fp32. Numbers beyond it become its largest: an infinity would make NaN of a product with 0.
+inline float saturate(double x) {
+  constexpr double largest = std::numeric_limits<float>::max();
+  return static_cast<float>(std::min(std::max(x, -largest), largest));
+}
 
 // 1 for magnitudes within 2^+-30, else the normal power of two that brings the magnitude nearest to [1, 2).
 inline float power_of_two_scale(float magnitude) {

@@ -1,0 +1,95 @@
+"""The README's code runs and says what the ops do."""
+
+import math
+import pathlib
+import re
+from typing import Any
+
+import torch
+
+import script_kernels
+from script_kernels import testing
+
+README = (pathlib.Path(__file__).resolve().parents[1] / "README.md").read_text()
+B, N, D, Q, KEEP = 2, 41, 16, 3, 10
+
+
+def snippet(after: str) -> str:
+    """The first Python block behind a text."""
+    start = README.index(after)
+    found = re.compile(r"```python\n(.*?)```", re.DOTALL).search(README, start)
+    assert found is not None
+    return found.group(1)
+
+
+def run(after: str, **names: Any) -> dict[str, Any]:
+    """Runs that block with torch's functions, math.floor and math.ceil, and the given names in scope."""
+    space: dict[str, Any] = {name: getattr(torch, name) for name in ("exp", "inf", "ones", "where", "zeros")}
+    space |= {"torch": torch, "normalize": torch.nn.functional.normalize, "floor": math.floor, "ceil": math.ceil}
+    space |= names
+    exec(snippet(after), space)
+    return space
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return testing.make_tokens("powerlaw", B, N, D, seed=5), testing.make_query(1, Q, D, seed=6)
+
+
+def test_use() -> None:
+    space = run("## Use")
+    assert space["pruned"].shape == (1, 64, 1024)
+
+
+def test_query_relevance() -> None:
+    tokens, query = inputs()
+    for negate in (False, True):
+        space = run("**`query_relevance", tokens=tokens, query=query, negate=negate)
+        torch.testing.assert_close(
+            space["r"], script_kernels.query_relevance(tokens, query, negate=negate), rtol=0, atol=1e-5
+        )
+
+
+def test_bipartite_match() -> None:
+    tokens, _ = inputs()
+    space = run("**`bipartite_match", x=tokens, threshold=0.3)
+    for name, value in zip(
+        ("best", "match", "degree", "mean", "density"), script_kernels.bipartite_match(tokens, 0.3), strict=True
+    ):
+        torch.testing.assert_close(space[name], value, rtol=0, atol=1e-6, check_dtype=False)
+
+
+def test_gsp() -> None:
+    tokens, _ = inputs()
+    _, _, degree, mean, density = script_kernels.bipartite_match(tokens)
+    values = {"degree": degree, "mean": mean, "density": density, "gamma": 1.0, "threshold": 0.2, "min_degree": 4}
+    space = run("**`gsp(", B=B, N=N, keep=30, **values)
+    assert torch.equal(space["mask"], script_kernels.gsp(tokens, 30)[0])
+
+
+def test_qcsp() -> None:
+    tokens, query = inputs()
+    relevance = script_kernels.query_relevance(tokens, query)
+    unit = torch.nn.functional.normalize(tokens.double(), dim=-1)
+    indices, gains = script_kernels.qcsp(tokens, relevance, KEEP)
+    r = relevance.double()
+    for b in range(B):
+        kernel = r[b, :, None] * (unit[b] @ unit[b].T) * r[b]
+        space = run("**`qcsp(", L=kernel, N=N, k=KEEP)
+        residual = kernel.diagonal() - (space["C"] ** 2).sum(0)
+        assert float(residual[indices[b]].abs().max()) < 1e-6  # what it conditioned on is what the op picked
+        torch.testing.assert_close(
+            (space["C"][torch.arange(KEEP), indices[b]] ** 2).float(), gains[b], rtol=0, atol=1e-5
+        )
+
+
+def test_prune_and_mask_intersect() -> None:
+    tokens, query = inputs()
+    stages = {name: getattr(script_kernels, name) for name in ("query_relevance", "gsp", "qcsp", "mask_intersect")}
+    space = run(
+        "**`prune(", aligned=tokens, tokens=tokens, query=query, N=N, keep=KEEP, gsp_drop=0.25, oversample=2.0, **stages
+    )
+    kept = script_kernels.prune(tokens, query, KEEP)
+    assert torch.equal(space["kept"], kept)
+    for b in range(B):
+        ranking, mask = space["ranking"][b].tolist(), space["mask"][b].tolist()
+        assert run("**`mask_intersect", ranking=ranking, mask=mask, k=KEEP)["kept"] == kept[b].tolist()

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 TORCH = pathlib.Path(torch.__file__).parent
 
-TRITON_OPS = [name for name in ops.NAMES if name != "mask_intersect"]
+TRITON_OPS = [name for name in ops.NAMES if name != "mask_intersect"]  # in the schemas' order
 
 
 def run_python(code: str) -> str:
@@ -33,47 +33,54 @@ def test_every_op_has_a_cuda_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"script::{name}", "CUDA")
 
 
-@pytest.mark.parametrize("name", TRITON_OPS)
-def test_triton_launchers_get_every_argument_in_the_schemas_order(name: str) -> None:
-    """CPU tensors, sent to the CUDA key by hand; the launcher is replaced by one that prints what it gets."""
-    printed = run_python(f"""
+def test_triton_launchers_get_every_argument_in_the_schemas_order() -> None:
+    """CPU tensors, sent to the CUDA key by hand; each launcher is replaced by one that records what it gets."""
+    printed = run_python("""
         import sys, types, torch
         import script_kernels
-        calls = []
-        module = types.ModuleType("script_kernels.triton.{name}")
-        class Launched(Exception): pass
-        def launch(*arguments):
-            calls.append(arguments)
-            raise Launched
-        module.launch_{name} = launch
-        sys.modules[module.__name__] = module
+
+        class Launched(Exception):
+            pass
+
         x = torch.ones(2, 8, 4)
-        given = {{
-            "query_relevance": ((x, x), {{}}),
-            "bipartite_match": ((x,), {{}}),
-            "gsp": ((x, 6), {{"rounds": 2}}),
-            "dpp_map": ((torch.ones(2, 8, 8), 3), {{}}),
-            "qcsp": ((x, torch.ones(2, 8), 3), {{}}),
-            "prune": ((x, None, 3), {{"oversample": 1.5}}),
-            "prune_varlen": ((x[0], torch.tensor([0, 8], dtype=torch.int32), None, [3]), {{"combine": "restrict"}}),
-        }}["{name}"]
-        op = torch.ops.script.{name}.default
+        given = {
+            "query_relevance": ((x, x), {}),
+            "bipartite_match": ((x,), {}),
+            "gsp": ((x, 6), {"rounds": 2}),
+            "dpp_map": ((torch.ones(2, 8, 8), 3), {}),
+            "qcsp": ((x, torch.ones(2, 8), 3), {}),
+            "prune": ((x, None, 3), {"oversample": 1.5}),
+            "prune_varlen": ((x[0], torch.tensor([0, 8], dtype=torch.int32), None, [3]), {"combine": "restrict"}),
+        }
         cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        for _ in range(2):
-            try:
-                op.redispatch(cuda, *given[0], **given[1])
-            except Launched:
-                pass
-        expected = list(given[0])
-        for argument in op._schema.arguments[len(expected):]:
-            expected.append(given[1].get(argument.name, argument.default_value))
-        for got in calls:
-            assert len(got) == len(expected), (got, expected)
-            for one, other in zip(got, expected):
-                assert one is other or torch.is_tensor(one) and torch.equal(one, other) or one == other, (one, other)
-        print(len(calls))
+        for name, (positional, options) in given.items():
+            calls = []
+
+            def launch(*arguments):
+                calls.append(arguments)
+                raise Launched
+
+            module = types.ModuleType(f"script_kernels.triton.{name}")
+            setattr(module, f"launch_{name}", launch)
+            sys.modules[module.__name__] = module
+            op = getattr(torch.ops.script, name).default
+            for _ in range(2):
+                try:
+                    op.redispatch(cuda, *positional, **options)
+                except Launched:
+                    pass
+            expected = list(positional)
+            for argument in op._schema.arguments[len(expected):]:
+                expected.append(options.get(argument.name, argument.default_value))
+            assert len(calls) == 2, name
+            for got in calls:
+                assert len(got) == len(expected), (name, got, expected)
+                for one, other in zip(got, expected):
+                    same = torch.equal(one, other) if torch.is_tensor(one) else one == other
+                    assert same, (name, one, other)
+            print(name)
     """)
-    assert printed == "2\n"
+    assert printed.split() == TRITON_OPS
 
 
 @pytest.mark.skipif(ops.CUDA_LIBRARY.loaded, reason="the CUDA library is loaded")
@@ -94,7 +101,7 @@ def fake(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cuda:1"
 def test_fakes_stay_on_the_device_of_their_inputs() -> None:
     with FakeTensorMode():
         x = fake(3, 40, 16, dtype=torch.bfloat16)
-        ends = fake(3, dtype=torch.int32)
+        packed, ends = fake(40, 16, dtype=torch.bfloat16), fake(3, dtype=torch.int32)
         outputs = {
             "query_relevance": script_kernels.query_relevance(x, fake(1, 4, 16, dtype=torch.bfloat16)),
             "bipartite_match": script_kernels.bipartite_match(x),
@@ -105,7 +112,7 @@ def test_fakes_stay_on_the_device_of_their_inputs() -> None:
                 fake(3, 20, dtype=torch.int64), fake(3, 40, dtype=torch.bool), 7
             ),
             "prune": script_kernels.prune(x, None, 7),
-            "prune_varlen": script_kernels.prune_varlen(x[0], ends, None, [5, 6]),
+            "prune_varlen": script_kernels.prune_varlen(packed, ends, None, [5, 6]),
         }
     assert set(outputs) == set(ops.NAMES)
     shapes = {}
@@ -132,7 +139,7 @@ def test_inputs_on_two_devices_are_refused(elsewhere: str) -> None:
             "aligned": lambda: script_kernels.prune(x, fake(1, 4, 8), 7, aligned=fake(2, 40, 8, device=elsewhere)),
             "relevance": lambda: script_kernels.qcsp(x, fake(2, 40, device=elsewhere), 7),
             "cu_seqlens": lambda: script_kernels.prune_varlen(
-                x[0], fake(2, dtype=torch.int32, device=elsewhere), None, [7]
+                fake(40, 16), fake(2, dtype=torch.int32, device=elsewhere), None, [7]
             ),
             "mask": lambda: script_kernels.mask_intersect(
                 fake(2, 20, dtype=torch.int64), fake(2, 40, dtype=torch.bool, device=elsewhere), 7
@@ -155,7 +162,8 @@ def binding(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     source = ROOT / "csrc" / "cuda" / "mask_intersect.cu"
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-I", EMULATION, "-I", ROOT / "csrc"]
     command += ["-isystem", TORCH / "include", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += ["-x", "c++", source, EMULATION / "emulation.cpp", EMULATION / "shims.cpp", "-o", library]
+    command += ["-x", "c++", source, EMULATION / "emulation.cpp", EMULATION / "shims.cpp"]
+    command += ["-x", "none", TORCH / "lib" / "libtorch_cpu.so", "-o", library]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return library

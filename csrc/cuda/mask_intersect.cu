@@ -44,6 +44,4 @@ Tensor mask_intersect_cuda(const Tensor& ranking, const Tensor& mask, int64_t k)
 }  // namespace
 }  // namespace script
 
-STABLE_TORCH_LIBRARY_IMPL(script, CUDA, ops) {
-  ops.impl("mask_intersect", TORCH_BOX(&script::mask_intersect_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(script, CUDA, ops) { ops.impl("mask_intersect", TORCH_BOX(&script::mask_intersect_cuda)); }

@@ -44,9 +44,7 @@ struct dim3 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
 
-inline cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess             ? "no error"
          : error == cudaErrorInvalidValue ? "invalid argument"
@@ -127,27 +125,17 @@ inline constexpr emulation::Coordinates<emulation::grid_size> gridDim;
 using std::max;
 using std::min;
 
-inline int __popc(unsigned value) {
-  return __builtin_popcount(value);
-}
-inline int __popcll(unsigned long long value) {
-  return __builtin_popcountll(value);
-}
-inline int __ffs(int value) {
-  return __builtin_ffs(value);
-}
-inline int __clz(int value) {
-  return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value));
-}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 
 template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
 
-inline void __syncthreads(int line = __builtin_LINE()) {
-  emulation::block_barrier(emulation::BlockOp::kSync, 0, line);
-}
+inline void __syncthreads(int line = __builtin_LINE()) { emulation::block_barrier(emulation::BlockOp::kSync, 0, line); }
 inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
   return emulation::block_barrier(emulation::BlockOp::kCount, predicate, line);
 }

@@ -80,9 +80,7 @@ Meeting* barrier_meeting = nullptr;
 Meeting* end_meeting = nullptr;
 unsigned arrived = 0;  // at the block's barrier
 
-Meeting* new_meeting() {
-  return &meetings.emplace_back(0);
-}
+Meeting* new_meeting() { return &meetings.emplace_back(0); }
 
 void order_before(Meeting* meeting) {
 #ifdef EMULATION_TSAN
@@ -318,21 +316,11 @@ cudaError_t launch(const cudaLaunchConfig_t& launched, const std::function<void(
   return cudaSuccess;
 }
 
-uint3 thread_index() {
-  return running->index;
-}
-uint3 block_index() {
-  return block;
-}
-uint3 block_size() {
-  return {config.blockDim.x, config.blockDim.y, config.blockDim.z};
-}
-uint3 grid_size() {
-  return {config.gridDim.x, config.gridDim.y, config.gridDim.z};
-}
-unsigned lane() {
-  return running->rank % kWarp;
-}
+uint3 thread_index() { return running->index; }
+uint3 block_index() { return block; }
+uint3 block_size() { return {config.blockDim.x, config.blockDim.y, config.blockDim.z}; }
+uint3 grid_size() { return {config.gridDim.x, config.gridDim.y, config.gridDim.z}; }
+unsigned lane() { return running->rank % kWarp; }
 
 int block_barrier(BlockOp op, int predicate, int line) {
   Fiber& self = *running;

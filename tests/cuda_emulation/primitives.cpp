@@ -119,9 +119,7 @@ __global__ void ended_lane_kernel() {
   __ballot_sync(kFull, 1);
 }
 
-__global__ void foreign_lane_kernel() {
-  __ballot_sync(0xffff0000u, 1);
-}
+__global__ void foreign_lane_kernel() { __ballot_sync(0xffff0000u, 1); }
 
 __global__ void divergent_warp_kernel() {
   if (threadIdx.x % 2 == 0) {
@@ -145,9 +143,7 @@ __global__ void outside_shared_kernel(int distance) {
   *(values + threadIdx.x + distance) = 1;
 }
 
-__global__ void outside_global_kernel(int* out) {
-  out[threadIdx.x + 1] = 1;
-}
+__global__ void outside_global_kernel(int* out) { out[threadIdx.x + 1] = 1; }
 
 void barriers() {
   int out[3] = {};

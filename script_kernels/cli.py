@@ -33,6 +33,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     demo.add_argument("--keep", type=int, default=64, help="patches to keep (default: %(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="PATH", help="default: %(default)s")
     demo.add_argument("--grid", type=int, default=24, help="patches a side (default: %(default)s)")
+    demo.add_argument(
+        "--model", metavar="PATH_OR_ID", help="visual features of this transformers model; not with --box"
+    )
+    demo.add_argument(
+        "--text", default="What is in this picture?", help="the question with --model (default: %(default)s)"
+    )
     commands.add_parser("info", help="versions, libraries loaded or why not, what the machine offers")
     return parser, demo
 
@@ -54,8 +60,18 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         missing = error.name.partition(".")[0]
         print(f'{parser.prog}: {missing} is not installed: pip install "script-kernels[demo]"', file=sys.stderr)
         return 1
+    if arguments.model and arguments.box:
+        parser.error("--box: expected none with --model, whose question is --text")
     try:
-        demo.run(arguments.image, arguments.box, arguments.keep, arguments.grid, arguments.output)
+        demo.run(
+            arguments.image,
+            arguments.box,
+            arguments.keep,
+            arguments.grid,
+            arguments.output,
+            arguments.model,
+            arguments.text,
+        )
     except demo.InputError as error:
         parser.error(str(error))
     return 0

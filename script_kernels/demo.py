@@ -1,11 +1,13 @@
 """The demo: one photograph, one question, 576 tokens pruned to 64, and a picture of what each stage did.
 
 A patch's token is a descriptor that needs no training (`describe`), so the demo runs anywhere. It stands in for the
-output of a vision encoder; everything that is selected is selected by the package's own ops.
+output of a vision encoder, which `--model` uses instead; everything that is selected is selected by the package's own
+ops.
 """
 
 import math
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,7 +162,7 @@ class Selection:
     """What each stage made of the N tokens."""
 
     tokens: Tensor  # (1, N, D)
-    query: Tensor  # (1, Q, D), the tokens of the patches in the box
+    query: Tensor  # (1, Q, D), the tokens of the patches in the box, or the words' embeddings
     relevance: Tensor  # (1, N)
     mask: Tensor  # (1, N) bool, False where GSP dropped
     ranking: Tensor  # (1, P), best first
@@ -169,12 +171,12 @@ class Selection:
 
 
 def select(tokens: Tensor, asked: Tensor, keep: int) -> Selection:
-    """Runs the stages one by one, and prune; tokens (N, D), asked (N,) bool."""
+    """Runs the stages one by one, and prune; tokens (N, D), asked (N,) bool or vectors (Q, D) in the tokens' space."""
     tokens = tokens[None]
     N = tokens.shape[1]
     if not 1 <= keep <= N:
         raise InputError(f"--keep: expected 1 to {N} (the number of patches), got {keep}")
-    query = tokens[:, asked]
+    query = tokens[:, asked] if asked.dtype == torch.bool else asked[None]
     relevance = script_kernels.query_relevance(tokens, query)
     mask, _ = script_kernels.gsp(tokens, N - math.floor(GSP_DROP * N))
     ranking, _ = script_kernels.qcsp(tokens, relevance, min(N, math.ceil(OVERSAMPLE * keep)))
@@ -222,7 +224,7 @@ def nearest_cosine(chosen: Selection, indices: Tensor) -> float:
     return float(cosines.amax(1).mean()) if len(rows) > 1 else math.nan
 
 
-def report(photo: Array, box: Box, chosen: Selection, times: dict[str, float]) -> str:
+def report(photo: Array, question: str, chosen: Selection, times: dict[str, float]) -> str:
     """The counts and times as lines of text."""
     N, keep, pool = chosen.tokens.shape[1], chosen.kept.shape[1], chosen.ranking.shape[1]
     grid = math.isqrt(N)
@@ -231,7 +233,7 @@ def report(photo: Array, box: Box, chosen: Selection, times: dict[str, float]) -
     sets = (chosen.kept, chosen.by_relevance)
     lines = [
         f"photograph   {photo.shape[1]} x {photo.shape[0]} pixels",
-        f"question     box {','.join(map(str, box))}: {chosen.query.shape[1]} patches",
+        f"question     {question}",
         f"tokens       {N} ({grid} x {grid}) of {chosen.tokens.shape[2]} numbers",
         f"GSP          drops {int((~chosen.mask).sum())}, keeps {int(chosen.mask.sum())}",
         f"QCSP         ranks {pool}, of which GSP dropped {struck}",
@@ -262,8 +264,8 @@ MARGIN, GAP, HEADER, TITLE, FOOTER = 0.36, 0.26, 0.94, 0.6, 0.54
 INK, MUTED, ACCENT = "#1a1c1f", "#62676e", "#12b5e5"
 
 
-def draw(photo: Array, box: Box, chosen: Selection, footnote: str) -> Figure:
-    """Six panels: above, the question and what relevance alone would keep; below, the stages of prune."""
+def draw(photo: Array, box: Box | None, chosen: Selection, footnote: str, words: str = "") -> Figure:
+    """Six panels: above, the question (a box, or words) and what relevance alone would keep; below, prune's stages."""
     N, keep, pool = chosen.tokens.shape[1], chosen.kept.shape[1], chosen.ranking.shape[1]
     grid = math.isqrt(N)
     dropped = ~chosen.mask[0]
@@ -298,16 +300,23 @@ def draw(photo: Array, box: Box, chosen: Selection, footnote: str) -> Figure:
         axes = figure.add_axes((left / total_width, lower / total_height, width / total_width, height / total_height))
         axes.imshow(_dimmed(shown, bright, grid), extent=(0, photo.shape[1], photo.shape[0], 0), aspect="auto")
         axes.set_axis_off()
-        axes.add_patch(Rectangle(box[:2], box[2], box[3], fill=False, edgecolor="white", linewidth=3.2))
-        axes.add_patch(Rectangle(box[:2], box[2], box[3], fill=False, edgecolor=ACCENT, linewidth=1.8))
+        if box is not None:
+            axes.add_patch(Rectangle(box[:2], box[2], box[3], fill=False, edgecolor="white", linewidth=3.2))
+            axes.add_patch(Rectangle(box[:2], box[2], box[3], fill=False, edgecolor=ACCENT, linewidth=1.8))
         return axes
 
     text(MARGIN, 0.46, f"Which {keep} of {N} visual tokens should a language model see?", 19, weight="bold", color=INK)
     text(MARGIN, 0.76, "Above: the question, and relevance alone. Below: the three stages of prune.", 11.5, color=MUTED)
     text(MARGIN, total_height - 0.24, footnote, 9, color=MUTED)
     asked = chosen.query.shape[1]
-    panel(0, everything, "The question: the boxed region", f"{N} patches, {asked} of them in the box")
-    heat = panel(1, everything, "Relevance to the question", "cosine with the box's patches: dark 0, bright 1")
+    if box is None:
+        panel(
+            0, everything, f'"{textwrap.shorten(words, 36, placeholder=" ...")}"', f"{N} patches, {asked} text tokens"
+        )
+    else:
+        panel(0, everything, "The question: the boxed region", f"{N} patches, {asked} of them in the box")
+    against = "the text's tokens" if box is None else "the box's patches"
+    heat = panel(1, everything, "Relevance to the question", f"cosine with {against}: dark 0, bright 1")
     heat.imshow(
         chosen.relevance[0].reshape(grid, grid).numpy(),
         cmap="magma",
@@ -378,21 +387,56 @@ def save(figure: Figure, path: Path) -> None:
     reduced.save(path, optimize=True)
 
 
-def run(image: Path | None, box: Box | None, keep: int, grid: int, output: Path) -> None:
-    """The command `script-kernels demo`: prints counts and times, writes one PNG. Raises InputError before any work."""
+def run(
+    image: Path | None,
+    box: Box | None,
+    keep: int,
+    grid: int,
+    output: Path,
+    model: str | None = None,
+    words: str = "",
+) -> None:
+    """The command `script-kernels demo`: prints counts and times, writes one PNG. Raises InputError before any work.
+
+    With `model`, tokens and question are that model's visual features and the embeddings of `words`; box and grid are
+    not used, and the picture shows the photograph's middle square, which the model sees.
+    """
     if not 2 <= grid <= 96:
         raise InputError(f"--grid: expected 2 to 96 patches a side, got {grid}")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise InputError(f"--output: expected a .png file in a folder that exists, got {output}")
     photo = load_photo(image)
-    if box is None:
-        height, width = photo.shape[:2]
-        # For a photograph we do not know, its middle.
-        middle = (width // 3, height // 3, max(width // 3, 1), max(height // 3, 1))
-        box = DEFAULT_BOX if image is None else middle
-    asked = patches_in(box, photo, grid)
-    chosen = select(describe(photo, grid), asked, keep)
-    print(report(photo, box, chosen, time_stages(chosen)))
-    footnote = "Tokens: patch descriptors of colour, orientation and frequency, no training. "
-    save(draw(photo, box, chosen, footnote + (DEFAULT_CREDIT if image is None else "")), output)
+    credit = DEFAULT_CREDIT if image is None else ""
+    if model is not None:
+        photo, tokens, query = _model_features(model, photo, words)
+        chosen, box = select(tokens, query, keep), None
+        question = f'"{words}": {chosen.query.shape[1]} text tokens'
+        footnote = f"Tokens: visual features of {textwrap.shorten(model, 60, placeholder='...')}. "
+    else:
+        if box is None:
+            height, width = photo.shape[:2]
+            # For a photograph we do not know, its middle.
+            middle = (width // 3, height // 3, max(width // 3, 1), max(height // 3, 1))
+            box = DEFAULT_BOX if image is None else middle
+        chosen = select(describe(photo, grid), patches_in(box, photo, grid), keep)
+        question = f"box {','.join(map(str, box))}: {chosen.query.shape[1]} patches"
+        footnote = "Tokens: patch descriptors of colour, orientation and frequency, no training. "
+    print(report(photo, question, chosen, time_stages(chosen)))
+    save(draw(photo, box, chosen, footnote + credit, words), output)
     print(f"\nwrote {output}")
+
+
+def _model_features(model: str, photo: Array, words: str) -> tuple[Array, Tensor, Tensor]:
+    """The part of the photograph that the model sees, its tokens (N, D) and the words' embeddings (Q, D)."""
+    from script_kernels.transformers.demo import demo_features
+
+    try:
+        features = demo_features(model, Image.fromarray(photo), words)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        message = 'transformers is not installed: pip install "script-kernels[transformers]"'
+        raise InputError(f"--model: {message}") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"--model: {error}") from None
+    return np.asarray(features.picture), features.tokens, features.query

@@ -16,9 +16,9 @@ std::tuple<Tensor, Tensor> dpp_map(const Tensor& kernel, int64_t k) {
   const float* data = kernel.const_data_ptr<float>();
   int64_t* indices_data = indices.mutable_data_ptr<int64_t>();
   float* gains_data = gains.mutable_data_ptr<float>();
-  for_each_image(batch, [&](int64_t b, const cpu::Parallel& parallel) {
+  for_each_image(batch, [&](int64_t b, const cpu::Parallel&) {
     const cpu::KernelView view{data + b * kernel.stride(0), n, kernel.stride(1), kernel.stride(2)};
-    cpu::dpp_map(view, k, indices_data + b * k, gains_data + b * k, parallel);
+    cpu::dpp_map(view, k, indices_data + b * k, gains_data + b * k);
   });
   return {indices, gains};
 }

@@ -5,132 +5,93 @@
 
 namespace script::cpu {
 
-// One image's kernel, strides in elements.
+// One image's kernel, strides in elements. Entries that are not finite count as 0.
 struct KernelView {
   const float* data = nullptr;
   int64_t count = 0;
   int64_t row_stride = 0, column_stride = 1;
-  float at(int64_t i, int64_t j) const {
-    const float x = data[i * row_stride + j * column_stride];
-    return std::isfinite(x) ? x : 0.0f;
-  }
-};
 
-class DenseSource {
- public:
-  explicit DenseSource(const KernelView& kernel) : kernel_(kernel) {}
+  float diagonal(int64_t i) const { return data[i * (row_stride + column_stride)]; }
 
-  // A panel of row i, zero padded, with 0 for what is not finite.
+  // A panel of row i, zero padded.
   void row(int64_t i, int64_t panel, float* out) const {
     const int64_t start = panel * kPanel;
-    const int64_t columns = std::min<int64_t>(kPanel, kernel_.count - start);
-    const float* x = kernel_.data + i * kernel_.row_stride + start * kernel_.column_stride;
-    if (kernel_.column_stride == 1) {
+    const int64_t columns = std::min<int64_t>(kPanel, count - start);
+    const float* x = data + i * row_stride + start * column_stride;
+    if (column_stride == 1) {
       simd().finite_row(x, columns, out);
     } else {
-      for (int64_t c = 0; c < columns; ++c) out[c] = x[c * kernel_.column_stride];
+      for (int64_t c = 0; c < columns; ++c) out[c] = x[c * column_stride];
       simd().finite_row(out, columns, out);
     }
     for (int64_t c = columns; c < kPanel; ++c) out[c] = 0.0f;
   }
-
-  class Rows {
-   public:
-    Rows(const DenseSource& source, const int32_t* pivots, int m, Scratch&) : source_(source), pivots_(pivots), m_(m) {}
-    void panel(int64_t p, float* out) const {
-      for (int a = 0; a < m_; ++a) source_.row(pivots_[a], p, out + a * kPanel);
-    }
-
-   private:
-    const DenseSource& source_;
-    const int32_t* pivots_;
-    int m_;
-  };
-
-  class Pool {
-   public:
-    Pool(const DenseSource& source, const int32_t* positions, int count, Scratch&)
-        : kernel_(source.kernel_), positions_(positions), count_(count) {}
-    void rows(const int* members, int m, float* out) const {
-      for (int a = 0; a < m; ++a) {
-        for (int c = 0; c < kPanel; ++c) {
-          out[a * kPanel + c] = c < count_ ? kernel_.at(positions_[members[a]], positions_[c]) : 0.0f;
-        }
-      }
-    }
-
-   private:
-    KernelView kernel_;
-    const int32_t* positions_;
-    int count_;
-  };
-
- private:
-  KernelView kernel_;
 };
 
-namespace detail {
-
-// Row by row, for small problems: every pivot is applied to every token at once. No tiers.
-inline void greedy_map_by_rows(const DenseSource& source, const GreedyProblem& problem, int64_t k, int64_t* indices,
-                               float* gains) {
+// One image, panel by panel: a panel's best residual is an upper bound for as long as later pivots have not been
+// applied to it. The panel of largest bound is brought up to date, with all pivots it lacks at once, until it is one
+// that lacks none: its best token is then the best of all. Rows of a ready kernel cost nothing, so no more is asked of
+// a panel than that; greedy_map is for rows that cost a matrix product. Past the rank picks go by K_ii, which stands in
+// for the relevance that a bare kernel does not tell.
+inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float* gains) {
   Scratch scratch;
-  const int64_t panels = problem.positions / kPanel;
-  float* residual = scratch.take<float>(problem.positions, -1.0f);
-  float largest = 0.0f;
-  for (int64_t p = 0; p < problem.positions; ++p) {
-    if (problem.tier[p] != 0) continue;
-    residual[p] = std::max(problem.diagonal[p], 0.0f);
-    largest = std::max(largest, residual[p]);
-  }
-  const CholeskyRows rows{scratch.take<float>(problem.positions * k), k};
-  float* pivot = scratch.take<float>(k);
-  alignas(64) float entries[kPanel];
-  int64_t picked = 0;
-  while (picked < k) {
-    const int64_t best = simd().argmax(residual, problem.positions);
-    const float gain = residual[best];
-    if (gain <= kRankTolerance * largest) break;  // a taken or bad token stands at -1
-    rows.column(best, picked, pivot);
-    residual[best] = -1.0f;
-    const float inverse = 1.0f / std::sqrt(gain);
-    for (int64_t p = 0; p < panels && picked + 1 < k; ++p) {
-      source.row(best, p, entries);
-      simd().step(entries, pivot, picked, inverse, rows.panel(p), residual + p * kPanel);
-    }
-    indices[picked] = best;
-    gains[picked++] = gain;
-  }
-  picked = take_by_priority(problem, 0, k, picked, residual, indices, gains);
-  take_by_priority(problem, kNoTier, k, picked, residual, indices, gains);
-}
-
-}  // namespace detail
-
-// Up to this many Cholesky entries (512 KiB) the rows stay in the L2 cache and plain steps win over pools.
-inline constexpr int64_t kByRowsLimit = 131072;
-
-// One image. Past the rank picks go by K_ii, which stands in for the relevance a bare kernel does not tell.
-inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float* gains, const Parallel& parallel) {
-  Scratch scratch;
-  const int64_t n = kernel.count;
-  const int64_t positions = pad_to_panel(n);
+  const int64_t n = kernel.count, positions = pad_to_panel(n), panels = positions / kPanel;
   int32_t* ids = scratch.take<int32_t>(positions, kHole);
   float* diagonal = scratch.take<float>(positions, 0.0f);
   uint8_t* tier = scratch.take<uint8_t>(positions, kHoleTier);
   for (int64_t i = 0; i < n; ++i) {
-    const float x = kernel.data[i * (kernel.row_stride + kernel.column_stride)];
+    const float x = kernel.diagonal(i);
     ids[i] = static_cast<int32_t>(i);
     tier[i] = std::isfinite(x) ? 0 : kNoTier;
     diagonal[i] = std::isfinite(x) ? x : 0.0f;
   }
   const GreedyProblem problem{positions, diagonal, ids, diagonal, tier};
-  const DenseSource source(kernel);
-  if (n * k <= kByRowsLimit) {
-    detail::greedy_map_by_rows(source, problem, k, indices, gains);
-  } else {
-    greedy_map(source, problem, k, indices, gains, parallel);
+
+  float* residual = scratch.take<float>(positions, -1.0f);
+  float* bound = scratch.take<float>(panels);
+  int64_t* applied = scratch.take<int64_t>(panels, 0);
+  float largest = 0.0f;
+  for (int64_t p = 0; p < n; ++p) {
+    if (tier[p] == 0) residual[p] = std::max(diagonal[p], 0.0f);
+    largest = std::max(largest, residual[p]);
   }
+  const auto best_of = [&](int64_t p) { return simd().argmax(residual + p * kPanel, kPanel); };
+  for (int64_t p = 0; p < panels; ++p) bound[p] = residual[p * kPanel + best_of(p)];
+
+  const detail::CholeskyRows rows{scratch.take<float>(positions * k), k};
+  float* columns = scratch.take<float>(k * k);  // [pivot][earlier pivots]: the factor of the pivots themselves
+  float* inverse = scratch.take<float>(k);
+  float* entries = scratch.take<float>(kPanel * kPanel);
+  int64_t picked = 0;
+  while (picked < k) {
+    const int64_t p = simd().argmax(bound, panels);
+    if (applied[p] < picked) {
+      const int64_t done = applied[p];
+      const int m = static_cast<int>(std::min<int64_t>(kPanel, picked - done));
+      const float* pointers[kPanel];
+      for (int a = 0; a < m; ++a) {
+        pointers[a] = columns + (done + a) * k;
+        kernel.row(indices[done + a], p, entries + a * kPanel);
+      }
+      simd().project(pointers, m, rows.panel(p), done, entries);
+      simd().solve(entries, m, columns + done * k + done, k, inverse + done, rows.panel(p) + done * kPanel,
+                   residual + p * kPanel);
+      applied[p] += m;
+      bound[p] = residual[p * kPanel + best_of(p)];
+      continue;
+    }
+    const int64_t best = p * kPanel + best_of(p);
+    const float gain = bound[p];
+    if (gain <= kRankTolerance * largest) break;  // a taken or bad token stands at -1
+    rows.column(best, picked, columns + picked * k);
+    inverse[picked] = 1.0f / std::sqrt(gain);
+    residual[best] = -1.0f;
+    bound[p] = residual[p * kPanel + best_of(p)];
+    indices[picked] = best;
+    gains[picked++] = gain;
+  }
+  picked = detail::take_by_priority(problem, 0, k, picked, residual, indices, gains);
+  detail::take_by_priority(problem, kNoTier, k, picked, residual, indices, gains);
 }
 
 }  // namespace script::cpu

@@ -130,14 +130,10 @@ void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivo
   parallel(problem.positions / kPanel, 4, [&](int64_t begin, int64_t end) {
     Scratch local;
     float* entries = local.take<float>(m * kPanel);
-    float* explained = local.take<float>(m * kPanel);
     for (int64_t p = begin; p < end; ++p) {
       pivot_rows.panel(p, entries);
-      if (done > 0) {
-        simd().gemm(pointers, m, rows.panel(p), kPanel / kGroup, done, explained);
-        for (int i = 0; i < m * kPanel; ++i) entries[i] -= explained[i];
-      }
-      simd().solve(entries, m, pivots.factor, pivots.inverse_diagonal, rows.panel(p) + done * kPanel,
+      simd().project(pointers, m, rows.panel(p), done, entries);
+      simd().solve(entries, m, pivots.factor, kPanel, pivots.inverse_diagonal, rows.panel(p) + done * kPanel,
                    residual + p * kPanel);
     }
   });
@@ -198,7 +194,10 @@ class Pool {
     pivots.positions[m] = positions_[member];
     residual_[member] = -1.0f;
     if (!known_[member]) compute_rows(member);
-    simd().step(kernel_ + member * kPanel, factor, m, pivots.inverse_diagonal[m], local_rows_, residual_);
+    float* entries = kernel_ + member * kPanel;
+    const float* pointer = factor;
+    simd().project(&pointer, 1, local_rows_, m, entries);
+    simd().solve(entries, 1, nullptr, 0, pivots.inverse_diagonal + m, local_rows_ + m * kPanel, residual_);
     ++pivots.count;
   }
 
@@ -221,16 +220,12 @@ class Pool {
       members[m++] = order[i].position;
       known_[order[i].position] = true;
     }
-    float entries[kBatch * kPanel], explained[kBatch * kPanel];
+    float entries[kBatch * kPanel];
     source_pool_->rows(members, m, entries);
     const float* pointers[kBatch];
     for (int a = 0; a < m; ++a) pointers[a] = earlier_rows_[members[a]];
-    simd().gemm(pointers, m, earlier_panel_, kPanel / kGroup, done_, explained);
-    for (int a = 0; a < m; ++a) {
-      for (int c = 0; c < kPanel; ++c) {
-        kernel_[members[a] * kPanel + c] = entries[a * kPanel + c] - explained[a * kPanel + c];
-      }
-    }
+    simd().project(pointers, m, earlier_panel_, done_, entries);
+    for (int a = 0; a < m; ++a) std::copy_n(entries + a * kPanel, kPanel, kernel_ + members[a] * kPanel);
   }
 
   int64_t done_;

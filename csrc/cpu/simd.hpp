@@ -58,14 +58,15 @@ struct SimdOps {
   void (*match)(const float* raw, float source_scale, const float* scale, int columns, int32_t first_column,
                 float threshold, MatchLanes* lanes);
 
+  // g[r][c] -= sum_d a[r][d] * rows[d][c] for all columns of a panel, one chain of multiply-adds in the order of d:
+  // taking the depth in pieces gives the same bits.
+  void (*project)(const float* const* a, int count, const float* rows, int64_t depth, float* g);
   // Cholesky rows of `m` new pivots on one panel of columns. g[m][kPanel] holds the kernel entries less what earlier
-  // pivots explain; factor[a][b] (leading dimension kPanel) is the lower triangular factor of the pivots themselves,
-  // inverse_diagonal[a] = 1 / factor[a][a]. Writes rows[a][kPanel] and takes their squares off `residual`, clamped at
-  // 0; columns with a negative residual (taken) keep it.
-  void (*solve)(const float* g, int m, const float* factor, const float* inverse_diagonal, float* rows,
+  // pivots explain; factor[a * stride + b] is the lower triangular factor of the pivots themselves,
+  // inverse_diagonal[a] = 1 / factor[a * stride + a]. Writes rows[a][kPanel] and takes their squares off `residual`,
+  // one after the other, clamped at 0; columns with a negative residual (taken) keep it. Goes on with project's chains.
+  void (*solve)(const float* g, int m, const float* factor, int64_t stride, const float* inverse_diagonal, float* rows,
                 float* residual);
-  // One pivot at once: rows[t] = (kernel_row - sum_s pivot[s] rows[s]) * inverse, then the residuals as in solve.
-  void (*step)(const float* kernel_row, const float* pivot, int64_t t, float inverse, float* rows, float* residual);
   // Lowest index of the largest of n > 0 values.
   int64_t (*argmax)(const float* x, int64_t n);
 };

@@ -204,6 +204,35 @@ inline void multiply_tile(const float* const* a, int64_t start, const float* pan
   }
 }
 
+// The same with c -= a * panel in one chain: the sums start from c, not from zero.
+template <int M, int V>
+inline void project_tile(const float* const* a, int64_t start, const float* panel, int64_t depth, float* c) {
+  Vec sum[M][V];
+  const float* rows[M];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) {
+    rows[r] = a[r] + start;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = load<Vec>(c + r * kPanel + v * kFloats);
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec b[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) b[v] = load<Vec>(panel + d * kPanel + v * kFloats);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      const Vec x = splat(rows[r][d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] -= x * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(c + r * kPanel + v * kFloats, sum[r][v]);
+  }
+}
+
 // Calls tile<M, V>() for a run-time number of rows and vectors.
 template <template <int, int> class Tile, int M = kRows, int V = kVectors, typename... Args>
 inline void dispatch_tile(int rows, int vectors, Args... args) {
@@ -223,14 +252,16 @@ struct FloatTile {
   }
 };
 
+template <int M, int V>
+struct ProjectTile {
+  static void run(const float* const* a, int64_t start, const float* panel, int64_t depth, bool, float* c) {
+    project_tile<M, V>(a, start, panel, depth, c);
+  }
+};
+
 // Walks the chunks of the depth and, inside one, the register tiles: the panel's chunk is read from L1 by all rows.
 template <template <int, int> class Tile, int kWord, typename Element>
 inline void multiply(const Element* const* a, int rows, const Element* panel, int groups, int64_t depth, float* c) {
-  if (depth == 0) {
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < groups * kGroup; ++i) c[r * kPanel + i] = 0;
-    }
-  }
   for (int64_t start = 0; start < depth; start += kChunk) {
     const int64_t steps = depth - start < kChunk ? depth - start : kChunk;
     const Element* chunk = panel + start * kPanel * kWord;
@@ -247,6 +278,10 @@ inline void multiply(const Element* const* a, int rows, const Element* panel, in
 
 void gemm(const float* const* a, int rows, const float* panel, int groups, int64_t depth, float* c) {
   multiply<FloatTile, 1>(a, rows, panel, groups, depth, c);
+}
+
+void project(const float* const* a, int count, const float* rows, int64_t depth, float* g) {
+  multiply<ProjectTile, 1>(a, count, rows, kPanel / kGroup, depth, g);
 }
 
 #if defined(SCRIPT_SIMD_BF16)
@@ -333,16 +368,19 @@ inline Vec lower_residual(Vec residual, Vec explained) {
   return residual < Vec{} ? residual : max(residual - explained, Vec{});
 }
 
-void solve(const float* g, int m, const float* factor, const float* inverse_diagonal, float* rows, float* residual) {
+void solve(const float* g, int m, const float* factor, int64_t stride, const float* inverse_diagonal, float* rows,
+           float* residual) {
   constexpr int kBlock = kFloats >= 16 ? 4 : 2;  // vectors of columns at a time
   for (int c = 0; c < kPanelVectors; c += kBlock) {
-    Vec explained[kBlock] = {};
+    Vec left[kBlock];
+#pragma GCC unroll 4
+    for (int v = 0; v < kBlock; ++v) left[v] = load<Vec>(residual + (c + v) * kFloats);
     for (int a = 0; a < m; ++a) {
       Vec row[kBlock];
 #pragma GCC unroll 4
       for (int v = 0; v < kBlock; ++v) row[v] = load<Vec>(g + a * kPanel + (c + v) * kFloats);
       for (int b = 0; b < a; ++b) {
-        const Vec x = splat(factor[a * kPanel + b]);
+        const Vec x = splat(factor[a * stride + b]);
 #pragma GCC unroll 4
         for (int v = 0; v < kBlock; ++v) row[v] -= x * load<Vec>(rows + b * kPanel + (c + v) * kFloats);
       }
@@ -350,44 +388,11 @@ void solve(const float* g, int m, const float* factor, const float* inverse_diag
       for (int v = 0; v < kBlock; ++v) {
         row[v] *= inverse_diagonal[a];
         store(rows + a * kPanel + (c + v) * kFloats, row[v]);
-        explained[v] += row[v] * row[v];
+        left[v] = lower_residual(left[v], row[v] * row[v]);
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kBlock; ++v) {
-      float* p = residual + (c + v) * kFloats;
-      store(p, lower_residual(load<Vec>(p), explained[v]));
-    }
-  }
-}
-
-void step(const float* kernel_row, const float* pivot, int64_t t, float inverse, float* rows, float* residual) {
-  constexpr int kBlock = kFloats >= 16 ? 4 : 2;
-  for (int c = 0; c < kPanelVectors; c += kBlock) {
-    // Two chains a vector hide the latency of the multiply-adds.
-    Vec even[kBlock] = {}, odd[kBlock] = {};
-    const float* column = rows + c * kFloats;
-    int64_t s = 0;
-    for (; s + 2 <= t; s += 2) {
-      const Vec x = splat(pivot[s]), y = splat(pivot[s + 1]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlock; ++v) {
-        even[v] += x * load<Vec>(column + s * kPanel + v * kFloats);
-        odd[v] += y * load<Vec>(column + (s + 1) * kPanel + v * kFloats);
-      }
-    }
-    if (s < t) {
-      const Vec x = splat(pivot[s]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlock; ++v) even[v] += x * load<Vec>(column + s * kPanel + v * kFloats);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kBlock; ++v) {
-      const int at = (c + v) * kFloats;
-      const Vec row = (load<Vec>(kernel_row + at) - (even[v] + odd[v])) * inverse;
-      store(rows + t * kPanel + at, row);
-      store(residual + at, lower_residual(load<Vec>(residual + at), row * row));
-    }
+    for (int v = 0; v < kBlock; ++v) store(residual + (c + v) * kFloats, left[v]);
   }
 }
 
@@ -411,15 +416,24 @@ int64_t argmax(const float* x, int64_t n) {
 }
 
 constexpr SimdOps make_ops(const char* name) {
-  return SimdOps{
-      name,           widen_bf16, widen_f16, row_stats, scale_row, finite_row, pack, gemm,
+  SimdOps ops{};
+  ops.name = name;
+  ops.widen_bf16 = widen_bf16;
+  ops.widen_f16 = widen_f16;
+  ops.row_stats = row_stats;
+  ops.scale_row = scale_row;
+  ops.finite_row = finite_row;
+  ops.pack = pack;
+  ops.gemm = gemm;
 #if defined(SCRIPT_SIMD_BF16)
-      gemm_bf16,
-#else
-      nullptr,
+  ops.gemm_bf16 = gemm_bf16;
 #endif
-      scale_products, match,      solve,     step,      argmax,
-  };
+  ops.scale_products = scale_products;
+  ops.match = match;
+  ops.project = project;
+  ops.solve = solve;
+  ops.argmax = argmax;
+  return ops;
 }
 
 }  // namespace

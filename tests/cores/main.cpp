@@ -52,7 +52,7 @@ int main(int argc, char**) {
         kernel[static_cast<size_t>(i * n + j)] = product * scale * relevance[i] * relevance[j];
       }
     }
-    cpu::dpp_map({kernel.data(), n, n, 1}, k, picks.data(), gains.data(), cpu::serial);
+    cpu::dpp_map({kernel.data(), n, n, 1}, k, picks.data(), gains.data());
     write(picks);
   }
 

@@ -1,0 +1,222 @@
+"""What stands around the integration: the demo's features, the evaluation wrapper, the prefill benchmark."""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from tiny_vlm import IMAGE, make_config, make_model, transformers
+
+from script_kernels.transformers import prune_inputs
+from script_kernels.transformers.demo import demo_features
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+WORDS = ["<unk>", "</s>", "USER", "ASSISTANT", ":", "what", "colour", "is", "the", "car", "?"]
+TEMPLATE = (
+    "{% for m in messages %}USER : {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def saved_llava(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a random LLaVA and its processor, as save_pretrained leaves it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("PIL")
+    folder = tmp_path_factory.mktemp("llava")
+    make_model("llava").save_pretrained(folder)
+    vocabulary = {word: 10 + i for i, word in enumerate(WORDS)} | {"<image>": IMAGE}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    size = {"height": 84, "width": 84}
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 84}, crop_size=size)
+    processor = transformers.LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=words,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def photo(width: int, height: int):
+    from PIL import Image
+
+    pixels = torch.randint(0, 255, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def test_demo_features_are_the_models(saved_llava: pathlib.Path) -> None:
+    features = demo_features(str(saved_llava), photo(120, 90), "what colour is the car ?")
+    assert features.tokens.shape == (36, 64)
+    assert features.picture.size == (90, 90)
+    model = make_model("llava")
+    processor = transformers.AutoProcessor.from_pretrained(saved_llava)
+    pixels = processor.image_processor(photo(120, 90).crop((15, 0, 105, 90)), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(features.tokens, model.model.get_image_features(pixels).pooler_output[0])
+        words = model.get_input_embeddings()(torch.tensor([15, 16, 17, 18, 19, 20]))
+    assert torch.equal(features.query, words)
+    with pytest.raises(ValueError, match="text: expected at least one word"):
+        demo_features(str(saved_llava), photo(90, 90), "")
+
+
+def test_the_demo_command_draws_a_models_features(
+    saved_llava: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("skimage")
+    from PIL import Image
+
+    from script_kernels import cli
+
+    photo(120, 90).save(tmp_path / "photo.png")
+    output = tmp_path / "demo.png"
+    arguments = ["demo", "--model", str(saved_llava), "--image", str(tmp_path / "photo.png"), "--output", str(output)]
+    assert cli.main([*arguments, "--keep", "7", "--text", "what is the car ?"]) == 0
+    said = capsys.readouterr().out
+    assert '"what is the car ?": 5 text tokens' in said
+    assert re.search(r"^tokens +36 \(6 x 6\) of 64 numbers$", said, re.MULTILINE)
+    assert re.search(r"^kept +7$", said, re.MULTILINE)
+    with Image.open(output) as picture:
+        assert min(picture.size) > 500
+    for extra, message in (
+        (["--keep", "37"], "--keep: expected 1 to 36"),
+        (["--keep", "7", "--box", "0,0,9,9"], "--box: expected none with --model"),
+        (["--keep", "7", "--text", ""], "--model: text: expected at least one word"),
+        (["--keep", "7", "--model", str(tmp_path / "none")], "--model: "),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, *extra])
+        assert message in capsys.readouterr().err
+
+
+EVALUATION = """
+import json, os, torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+folder = os.environ["FOLDER"]
+model = LlavaForConditionalGeneration.from_pretrained(folder)
+inputs = AutoProcessor.from_pretrained(folder)(
+    images=Image.open(os.environ["PHOTO"]), text="USER : <image> what is the car ? ASSISTANT :", return_tensors="pt"
+)
+out = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=1, top_p=None)
+torch.save((inputs, out), os.environ["RESULT"])
+"""
+
+
+def test_the_evaluation_wrapper_prunes_the_model_it_loads(
+    saved_llava: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of bench/accuracy.md against a stand-in for lmms-eval."""
+    wrapper = re.search(r"```python\n(.*?)```", (ROOT / "bench" / "accuracy.md").read_text(), re.DOTALL)
+    assert wrapper
+    (tmp_path / "lmms_eval").mkdir()
+    (tmp_path / "lmms_eval" / "__init__.py").touch()
+    (tmp_path / "lmms_eval" / "__main__.py").write_text(EVALUATION)
+    (tmp_path / "pruned_eval.py").write_text(wrapper[1])
+    photo(120, 90).save(tmp_path / "photo.png")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["pruned_eval.py"])
+    load = transformers.PreTrainedModel.__dict__["from_pretrained"]
+    answers = {}
+    for keep in (0, 5):
+        for name, value in {"KEEP": keep, "FOLDER": saved_llava, "PHOTO": tmp_path / "photo.png"}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("RESULT", str(tmp_path / "result.pt"))
+        try:
+            runpy.run_path(str(tmp_path / "pruned_eval.py"), run_name="__main__")
+        finally:
+            transformers.PreTrainedModel.from_pretrained = load
+        answers[keep] = torch.load(tmp_path / "result.pt", weights_only=False)
+    inputs, unpruned = answers[0]
+    pruned = answers[5][1]
+    assert pruned.shape == unpruned.shape
+    length = inputs["input_ids"].shape[1]
+    model = make_model("llava")
+    processor = transformers.AutoProcessor.from_pretrained(saved_llava)
+    expected = model.generate(
+        **prune_inputs(model, inputs, 5, tokenizer=processor), max_new_tokens=6, do_sample=False, pad_token_id=1
+    )
+    assert torch.equal(pruned[:, length:], expected[:, -6:])
+    assert torch.equal(unpruned, model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=1))
+    assert not torch.equal(pruned, unpruned)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_prefill_runs_any_supported_config(
+    family: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import prefill
+
+    folder = tmp_path / family
+    config = make_config(family)
+    config.get_text_config().vocab_size = 200
+    config.save_pretrained(folder)
+    arguments = ["--config", str(folder), "--keep", "8", "--rounds", "1", "--out", str(tmp_path), "--device", "cpu"]
+    assert prefill.main(arguments) == 0
+    said = capsys.readouterr().out
+    with (tmp_path / f"prefill-{family}.csv").open() as file:
+        full, pruned = csv.DictReader(file)
+    assert (full["keep"], pruned["keep"], pruned["visual"]) == ("all", "8", "8")
+    assert int(full["prompt"]) - int(pruned["prompt"]) == int(full["visual"]) - 8
+    assert float(full["gflops"]) > float(pruned["gflops"]) > 0
+    assert float(full["kv_mib"]) > float(pruned["kv_mib"]) > 0
+    assert float(full["prune_ms"]) == 0 < float(pruned["select_ms"]) < float(pruned["prune_ms"])
+    for row in (full, pruned):
+        parts = [float(row[f"{part}_ms"]) for part in ("tower", "projector", "prune", "llm")]
+        assert min(parts[:2]) > 0
+        assert sum(parts) <= float(row["first_token_ms"])
+    assert family in said
+
+
+def test_presets_without_their_device_are_skipped_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import prefill
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prefill.main(["--preset", "llava-next-7b", "--preset", "qwen2.5-vl-7b"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert all("skipped, needs a CUDA device" in line for line in said)
+
+
+def test_targets_are_judged_by_the_rows() -> None:
+    from bench import prefill
+
+    common = {"preset": "p", "prompt": 1, "tower_ms": 1.0, "projector_ms": 1.0, "select_ms": 1.0, "kv_mib": 1.0}
+    common |= {"first_token_ms": 1.0, "peak_mib": None, "total_speedup": 1.0, "rounds": 1}
+    full = prefill.Row(keep="all", visual=100, prune_ms=0.0, llm_ms=100.0, gflops=50.0, llm_speedup=1.0, **common)
+    last = prefill.Row(keep="5", visual=5, prune_ms=2.0, llm_ms=8.0, gflops=4.0, llm_speedup=10.0, **common)
+    preset = prefill.Preset(prefill.llava_7b, (5,), torch.float32, False, speedup=6.8, flops=10.0, share=0.01)
+    speed, flops, share = prefill.targets(preset, [full, last])
+    assert (speed.measured, flops.measured, share.measured) == (10.0, 12.5, 2.0)
+    assert (speed.met, flops.met, share.met) == (True, True, False)
+
+
+@pytest.mark.parametrize("name", ["llava-next-7b", "llava-1.5-7b", "qwen2.5-vl-7b"])
+def test_presets_of_seven_billion_have_that_size(name: str) -> None:
+    from bench import prefill
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(prefill.PRESETS[name].config())
+    assert 6.7e9 < sum(p.numel() for p in model.parameters()) < 8.5e9

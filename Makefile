@@ -4,6 +4,7 @@
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
+#   make gpu-report  build, test, measure on this machine's GPU, with PYTHON and no network (OUT=folder, GPU_ARGS=--dry-run)
 #   make clean     remove what was built; make distclean also removes the virtual environment
 #
 # Needed from the system: Python 3.10 to 3.13 with its venv module and headers, a C++17 compiler, make
@@ -20,6 +21,7 @@ EXTRAS ?= dev,demo
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -29,7 +31,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean distclean
+.PHONY: help setup demo test lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -78,6 +80,10 @@ format: setup
 
 bench: setup
 	$(PY) -m bench $(BENCH_ARGS)
+
+# No virtual environment: the torch, Triton and nvcc that are measured are the machine's own.
+gpu-report:
+	$(PYTHON) -m bench.gpu_report $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info demo.png bench/out .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -65,7 +65,7 @@ demo: setup
 
 # One process a core, one thread a process.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

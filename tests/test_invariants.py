@@ -33,7 +33,7 @@ def relevance_of(draw, tokens):
     if kind == "few":  # many equal values
         return (relevance * 3).floor() / 3
     if kind == "wild":
-        values = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1.0, 0.0, 1e-30, 0.5])
+        values = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1.0, 0.0, 1e-15, 0.5])
         return values[(relevance * 8).long()]
     return relevance
 

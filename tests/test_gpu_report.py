@@ -16,7 +16,19 @@ from bench.cases import OPS, Row, make_case
 from bench.gpu_report import FAILED, PASSED, Outcome, Step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PARTS = ["build", "facts", "short", "tests", "memcheck", "racecheck", "synccheck", "ceilings", "steps", "ops"]
+PARTS = [
+    "build",
+    "facts",
+    "short",
+    "tests",
+    "memcheck",
+    "racecheck",
+    "synccheck",
+    "ceilings",
+    "steps",
+    "prefill",
+    "ops",
+]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
@@ -316,3 +328,15 @@ def test_a_plot_that_fails_is_reported(tmp_path: pathlib.Path, monkeypatch: pyte
     gpu_render.write([Outcome(python("ops", ""), PASSED)], tmp_path, out, "a test", 1.0)
     text = (out / "report.md").read_text()
     assert "steps.png: RuntimeError: no fonts" in text[: text.index("## Targets")]
+
+
+def test_the_report_shows_the_prefill(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "prefill").mkdir()
+    header = "preset,keep,prompt,llm_ms,prune_ms,first_token_ms,llm_speedup,gflops\n"
+    (tmp_path / "prefill" / "prefill-tiny.csv").write_text(header + "tiny,160,208,60.0,1.25,80.0,6.9,1234.5\n")
+    step = Step("prefill", "whole models", (sys.executable, "-c", ""), 5)
+    outcome = gpu_report.refine(gpu_report.Outcome(step, gpu_report.PASSED, 1.0), tmp_path)
+    assert outcome.detail == (
+        "tiny keep 160: prompt 208, LLM 60.00 ms, pruning 1.25 ms, first token 80.00 ms, "
+        "LLM with pruning 6.90x, 1234 GFLOP"
+    )

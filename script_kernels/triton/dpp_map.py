@@ -21,13 +21,11 @@ RANK_TOLERANCE = 1e-6
 SINGLE_WORK = 45_000  # N * k up to which one program per image serves; by the model of DESIGN.md, not yet measured
 EXTRA_ROUNDS = 3  # one per level whose rank can run out
 
-# Columns per program -> warps, rows of C read at once.
-BLOCKS = {64: (2, 16), 256: (4, 16), 1024: (8, 16), 4096: (16, 2)}
+# Columns per program -> warps, rows of C read at once, registers per thread.
+BLOCKS = {64: (2, 16, 128), 256: (4, 16, 128), 1024: (8, 16, 255), 2048: (16, 4, 128)}
 # Rows of L made from the tokens: the tile that sums over the features has one layout for all widths.
-FEATURE_BLOCKS = {128: (8, 16), 512: (8, 16), 2048: (8, 4)}
+FEATURE_BLOCKS = {128: (8, 16, 255), 512: (8, 16, 255), 2048: (8, 4, 255)}
 FEATURE_ROWS, FEATURE_COLS = 64, 64
-REGISTERS = 128
-FEATURE_REGISTERS = 255
 INTERPRETER_UNROLL = 4  # the interpreter pays for masked rows as for others
 
 
@@ -150,10 +148,10 @@ def launch_greedy(
     saved = 0 if plan.resident else rows
     residual = torch.empty(saved, dtype=torch.float32, device=device)
     progress = torch.empty((0 if plan.resident else plan.total, 8), dtype=torch.int32, device=device)
-    num_warps, unroll = (FEATURE_BLOCKS if features else BLOCKS)[plan.columns]
+    num_warps, unroll, registers = (FEATURE_BLOCKS if features else BLOCKS)[plan.columns]
     if device.type == "cpu":
         unroll = min(unroll, INTERPRETER_UNROLL)
-    options = register_limit(device, FEATURE_REGISTERS if features else REGISTERS)
+    options = register_limit(device, registers)
     if plan.grid and plan.resident:
         options["launch_cooperative_grid"] = True
     spans = [(-1, plan.rounds)] if plan.resident else [(r, r + 1) for r in range(-1, plan.rounds)]

@@ -6,6 +6,7 @@ after every case, so that what was measured stays when the time is up. With --cs
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import os
@@ -108,7 +109,7 @@ def steps(device: torch.device) -> dict[str, object]:
             row = Row(batch, tokens, keep)
             kernel = DeviceInputs(row, 1024, torch.bfloat16, device, "powerlaw").kernel
             variants = {
-                str(k): gpu_cases.captured(lambda kernel=kernel, k=k: script_kernels.dpp_map(kernel, k))
+                str(k): gpu_cases.captured(functools.partial(script_kernels.dpp_map, kernel, k))
                 for k in (keep // 2, keep)
             }
             times = timing.interleave(variants, device, seconds=SECONDS_PER_VARIANT)

@@ -122,3 +122,19 @@ def test_gsp_of_an_image_alone():
     alone = launch_gsp(tokens[2:], 30, rounds=3)
     assert torch.equal(alone[0], mask[2:])
     assert torch.equal(alone[1], redundancy[2:])
+
+
+@pytest.mark.parametrize("gamma", [1e300, -1e300])
+def test_parameters_beyond_float32(gamma):
+    tokens = torch.tensor([1.0, 0.0], device=BACKEND.device).expand(1, 8, 2)
+    mask, redundancy = BACKEND.gsp(tokens, 6, threshold=1.0, gamma=gamma)
+    assert not redundancy.isnan().any()
+    assert mask[0].tolist() == [True, True, True, True, False, True, False, True]
+
+
+def test_more_rounds_than_tokens():
+    tokens = testing.make_tokens("clustered", 1, 12, 8, device=BACKEND.device)
+    mask, redundancy = BACKEND.gsp(tokens, 9, rounds=10**6)
+    wanted, scores = BACKEND.gsp(tokens, 9, rounds=4)
+    assert torch.equal(mask, wanted)
+    assert torch.equal(redundancy, scores)

@@ -19,6 +19,7 @@ from .tokens import (
     launch_token_pass,
     locate,
     order_key,
+    saturate,
     slot_count,
 )
 
@@ -232,7 +233,7 @@ def launch_match(
             keep,
             drop_bits,
             rounds,
-            threshold,
+            saturate(threshold),
             ROUND=at_round,
             BEST=best,
             VARLEN=varlen,

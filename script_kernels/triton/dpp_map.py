@@ -117,7 +117,7 @@ def launch_greedy(
     device = order.device
     source = tokens if kernel is None else kernel
     assert source is not None
-    if varlen:
+    if cu_seqlens is not None:
         segments, n = cu_seqlens.shape[0] - 1, source.shape[0]
     else:
         segments, n = source.shape[:2]
@@ -216,13 +216,12 @@ def launch_greedy(
 
 def launch_dpp_map(kernel: torch.Tensor, k: int, *, columns: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy MAP of (B, N, N) fp32 kernels of any strides: indices (B, k) int64 in greedy order, gains (B, k) fp32."""
-    plan = plan_greedy(kernel.device, *kernel.shape[:2], k, columns=columns)
+    plan = plan_greedy(kernel.device, kernel.shape[0], kernel.shape[1], k, columns=columns)
     return launch_greedy(kernel, k, plan, plan.slot_buffer(kernel.device).zero_(), kernel=kernel)
 
 
 def _table_entry(columns: int, features: bool, grid: bool, dtype: torch.dtype, mode: str) -> None:
     """A launch of one variant, on any device: images of three blocks, or of one."""
-    meta = {"device": torch.device("meta")}
     varlen = mode in ("packed", "packed tiers")
     n, k = (3 * columns if grid else columns), 64
     shape = (2 * n,) if varlen else (2, n)
@@ -230,22 +229,22 @@ def _table_entry(columns: int, features: bool, grid: bool, dtype: torch.dtype, m
     plan = Plan(columns, slots, total, grid, True, 2, k + EXTRA_ROUNDS)
     arguments: dict = {}
     if mode == "diagonal":
-        order = torch.empty((2, n, n), dtype=torch.float32, **meta)
+        order = torch.empty((2, n, n), dtype=torch.float32, device="meta")
         arguments["kernel"] = order
     else:
-        order = torch.empty(shape, dtype=torch.float32, **meta)
+        order = torch.empty(shape, dtype=torch.float32, device="meta")
         arguments |= {"inv_norm": order, "scale": order}
         if features:
-            arguments["tokens"] = torch.empty((*shape, 1024), dtype=dtype, **meta)
+            arguments["tokens"] = torch.empty((*shape, 1024), dtype=dtype, device="meta")
         else:
-            arguments["kernel"] = torch.empty((*shape, n), dtype=torch.float32, **meta)
+            arguments["kernel"] = torch.empty((*shape, n), dtype=torch.float32, device="meta")
     if mode in ("stop", "packed"):
-        arguments |= {"stop": torch.empty(shape, dtype=torch.bool, **meta), "need": 48}
+        arguments |= {"stop": torch.empty(shape, dtype=torch.bool, device="meta"), "need": 48}
     if mode in ("tiers", "packed tiers"):
-        arguments["tier"] = torch.empty(shape, dtype=torch.bool, **meta)
+        arguments["tier"] = torch.empty(shape, dtype=torch.bool, device="meta")
     if varlen:
-        counts = torch.empty(2, dtype=torch.int32, **meta)
-        arguments |= {"cu_seqlens": torch.empty(3, dtype=torch.int32, **meta), "limits": counts}
+        counts = torch.empty(2, dtype=torch.int32, device="meta")
+        arguments |= {"cu_seqlens": torch.empty(3, dtype=torch.int32, device="meta"), "limits": counts}
         if mode == "packed":
             arguments["need"] = counts
     launch_greedy(order, k, plan, plan.slot_buffer(order.device), **arguments)

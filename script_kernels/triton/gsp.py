@@ -6,6 +6,7 @@ highest indices, and writes the list of survivors. Every round has a size known 
 host.
 """
 
+import math
 import struct
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .bipartite_match import PLANES, gsp_keep, launch_match, load_sums, round_sizes
-from .tokens import dense_layout, device_guard, launch_token_pass, order_key, segment
+from .tokens import dense_layout, device_guard, launch_token_pass, order_key, saturate, segment
 
 BLOCK_SOURCES = 512
 SELECT_WARPS = 8
@@ -147,8 +148,8 @@ def launch_select(
     mask = torch.empty(rows, dtype=torch.bool, device=device)
     redundancy = torch.empty(rows, dtype=torch.float32, device=device)
     varlen = cu_seqlens is not None
-    if not varlen and n == keep:
-        rounds = 1  # nothing to drop: further rounds would score the same split
+    # A round drops one token at least; once there is nothing to drop, further rounds would score the same split.
+    rounds = min(rounds, (math.floor(gsp_drop * n) if varlen else n - keep) + 1)
     lists = [torch.empty(rows, dtype=torch.int32, device=device) for _ in range(min(rounds - 1, 2))]
     drop_bits = double_bits(gsp_drop)
     for at_round in range(rounds):
@@ -181,8 +182,8 @@ def launch_select(
                 keep,
                 drop_bits,
                 rounds,
-                threshold,
-                gamma,
+                saturate(threshold),
+                saturate(gamma),
                 min_degree,
                 ROUND=at_round,
                 LAST=last,

@@ -191,12 +191,11 @@ def launch_kernel_matrix(
 
 def _table_entry(dtype: torch.dtype, varlen: bool) -> None:
     """A launch of one variant, on any device."""
-    meta = {"device": torch.device("meta")}
     shape = (2048,) if varlen else (2, 1024)
-    row = torch.empty(shape, dtype=torch.float32, **meta)
-    tokens = torch.empty((*shape, 4096), dtype=dtype, **meta)
-    cu_seqlens = torch.empty(3, dtype=torch.int32, **meta) if varlen else None
-    clear = torch.empty(4096, dtype=torch.int64, **meta)
+    row = torch.empty(shape, dtype=torch.float32, device="meta")
+    tokens = torch.empty((*shape, 4096), dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta") if varlen else None
+    clear = torch.empty(4096, dtype=torch.int64, device="meta")
     launch_kernel_matrix(tokens, row, row, row, cu_seqlens=cu_seqlens, width=1024, clear=clear)
 
 

@@ -30,6 +30,7 @@ from .tokens import (
     dot_tile,
     launch_token_pass,
     locate,
+    saturate,
     segment,
     slot_count,
 )
@@ -276,7 +277,7 @@ def launch_joint(
             slots,
             fan,
             sums.shape[1],
-            threshold,
+            saturate(threshold),
             QUERY=score_range is not None,
             VARLEN=varlen,
             SCALED=tokens.dtype != torch.float16,

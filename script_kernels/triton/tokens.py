@@ -34,6 +34,12 @@ def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def saturate(x: float) -> float:
+    """A parameter within fp32, which is what kernels take: as an infinity it would make NaN of a product with 0."""
+    largest = torch.finfo(torch.float32).max
+    return min(max(x, -largest), largest)
+
+
 @triton.jit
 def locate(
     p_cu,  # (S + 1,) int32, read when VARLEN

@@ -14,8 +14,7 @@ import torch
 import triton
 
 from .greedy import greedy_kernel
-from .kernel_matrix import register_limit
-from .tokens import device_guard, slot_count
+from .tokens import device_guard, register_limit, slot_count
 
 RANK_TOLERANCE = 1e-6
 SINGLE_WORK = 45_000  # N * k up to which one program per image serves; by the model of DESIGN.md, not yet measured

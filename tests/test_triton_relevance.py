@@ -1,9 +1,8 @@
 """The Triton row statistics and query_relevance, interpreted on CPU tensors or on the GPU where there is one."""
 
 import pytest
-import test_relevance
 import torch
-from triton_interpreter import BACKEND, DEVICE, quiet
+from triton_interpreter import DEVICE, quiet
 
 from script_kernels import reference, testing
 from script_kernels.triton.query_relevance import launch_query_relevance
@@ -107,12 +106,28 @@ def test_negate_one_query_for_all_and_masks():
     assert_relevance(tokens, query.expand(3, -1, -1), mask[:, :1].expand(3, 9))
 
 
-def test_the_rules_of_the_op():
-    test_relevance.test_all_masked_gives_ones(BACKEND)
-    test_relevance.test_bad_tokens_stay_out_of_the_min_max(BACKEND)
-    test_relevance.test_zero_tokens_take_part_with_cosine_zero(BACKEND)
-    test_relevance.test_constant_gives_ones(BACKEND, torch.float32)
-    test_relevance.test_empty(BACKEND)
+def test_all_masked_or_constant_gives_ones_and_bad_tokens_zero():
+    tokens = testing.make_tokens("gaussian", 1, 9, 8)
+    tokens[0, 4, 2] = float("nan")
+    expected = torch.ones(1, 9)
+    expected[0, 4] = 0
+    query = testing.make_query(1, 3, 8)
+    for constant in (tokens, tokens[:, :1].expand(1, 9, 8).where(tokens.isfinite(), tokens)):
+        mask = torch.full((1, 3), constant is not tokens)
+        relevance = launch_query_relevance(constant.to(DEVICE), query.to(DEVICE), mask.to(DEVICE))
+        assert torch.equal(relevance.cpu(), expected)
+
+
+def test_zero_tokens_take_part_with_cosine_zero():
+    tokens = torch.tensor([[[1.0, 0], [0, 0], [-1, 0], [0, 5]]], device=DEVICE)
+    relevance = launch_query_relevance(tokens, torch.tensor([[[2.0, 0]]], device=DEVICE))
+    assert relevance.tolist() == [[1.0, 0.5, 0.0, 0.5]]
+
+
+def test_empty():
+    query = testing.make_query(1, 3, 8, device=DEVICE)
+    for shape in ((0, 5, 8), (1, 0, 8)):
+        assert launch_query_relevance(torch.empty(shape, device=DEVICE), query).shape == shape[:2]
 
 
 @pytest.mark.parametrize("spoil", [0.0, float("nan"), float("inf")])

@@ -12,13 +12,21 @@ segment's start. The length of a segment is known to the device only; W bounds i
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .tokens import cosine_tile, dense_layout, device_guard, dot_tile, launch_token_pass, locate, slot_count
+from .tokens import (
+    cosine_tile,
+    dense_layout,
+    device_guard,
+    dot_tile,
+    launch_token_pass,
+    locate,
+    register_limit,
+    slot_count,
+)
 
 CHUNK = 1024
 CLEAR_BLOCK = 256
@@ -30,11 +38,6 @@ TILES = {
     torch.float32: {"BT": 32, "BD": 32, "num_warps": 4, "num_stages": 3},
 }
 REGISTERS = 255
-
-
-def register_limit(device: torch.device, registers: int) -> dict[str, Any]:
-    """A launch option. Without it ptxas aims at occupancy, and may spill a little to save a few registers."""
-    return {} if device.type == "cpu" or torch.version.hip is not None else {"maxnreg": registers}
 
 
 @triton.jit

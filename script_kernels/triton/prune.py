@@ -30,6 +30,7 @@ from .tokens import (
     dot_tile,
     launch_token_pass,
     locate,
+    register_limit,
     saturate,
     segment,
     slot_count,
@@ -42,6 +43,7 @@ JOINT_TILES = {
     torch.float16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
     torch.float32: {"BT": 32, "BD": 16, "num_warps": 4, "num_stages": 3},
 }
+JOINT_REGISTERS = 255
 FANOUT = 16  # programs that share one row of tiles
 BLOCK_RANKS = 1024
 INTERSECT_WARPS = 4
@@ -104,18 +106,19 @@ def joint_kernel(
         low = tl.load(p_range + 2 * i_s)
         high = tl.load(p_range + 2 * i_s + 1)
 
-    o_m = i_m * BT + tl.arange(0, BT)
-    m_m = o_m < n
-    b_inv_m = tl.load(p_inv + first + o_m, mask=m_m, other=0.0)
-    b_scale_m = tl.load(p_scale + first + o_m, mask=m_m, other=1.0)
-    b_score_m = tl.load(p_score + first + o_m, mask=m_m, other=0.0)
-    b_r_m = min_max(b_score_m, low, high)
-    if i_fan == 0:
-        tl.store(p_relevance + first + o_m, tl.where(b_score_m == float("inf"), b_score_m, b_r_m), mask=m_m)
-    p_m = p_x + o_m.to(tl.int64) * stride_n
-    m_m_even = m_m & (o_m % 2 == 0)
-    m_m_odd = m_m & (o_m % 2 == 1)
-    for i_n in range(i_m + i_fan, tl.cdiv(n, BT), fan):
+    # Everything about the row of tiles is recomputed: what is kept across tiles costs registers in the products.
+    for i_n in tl.range(i_m + i_fan, tl.cdiv(n, BT), fan, disable_licm=True):
+        o_m = i_m * BT + tl.arange(0, BT)
+        m_m = o_m < n
+        b_inv_m = tl.load(p_inv + first + o_m, mask=m_m, other=0.0)
+        b_scale_m = tl.load(p_scale + first + o_m, mask=m_m, other=1.0)
+        b_score_m = tl.load(p_score + first + o_m, mask=m_m, other=0.0)
+        b_r_m = min_max(b_score_m, low, high)
+        if i_n == i_m:
+            tl.store(p_relevance + first + o_m, tl.where(b_score_m == float("inf"), b_score_m, b_r_m), mask=m_m)
+        p_m = p_x + o_m.to(tl.int64) * stride_n
+        m_m_even = m_m & (o_m % 2 == 0)
+        m_m_odd = m_m & (o_m % 2 == 1)
         o_n = i_n * BT + tl.arange(0, BT)
         m_n = o_n < n
         b_inv_n = tl.load(p_inv + first + o_n, mask=m_n, other=0.0)
@@ -284,6 +287,7 @@ def launch_joint(
             PRECISION="ieee",
             CHUNK=CHUNK,
             BCLEAR=CLEAR_BLOCK,
+            **register_limit(tokens.device, JOINT_REGISTERS),
             **tile,
         )
     return relevance, kernel

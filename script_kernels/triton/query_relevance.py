@@ -16,6 +16,7 @@ from .tokens import (
     from_order_key,
     launch_token_pass,
     locate,
+    register_limit,
     row_stats,
     slot_count,
     widen,
@@ -25,6 +26,7 @@ BLOCK_OUT = 128  # columns of the mean query vector per program
 QUERY_ROWS = 4  # read at once for the norms, as are QUERY_COLS columns
 QUERY_COLS = 1024
 QUERY_WARPS = 16
+QUERY_REGISTERS = 128
 BLOCK_SCORES = 1024
 SCORE_WARPS = 4
 
@@ -144,6 +146,7 @@ def launch_mean_query(
             SCALED=query.dtype != torch.float16,
             SAFE=SAFE_EXPONENT,
             num_warps=QUERY_WARPS,
+            **register_limit(query.device, QUERY_REGISTERS),
         )
     return mean, score_range
 

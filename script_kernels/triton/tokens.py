@@ -17,6 +17,7 @@ altogether; a program whose slot lies behind the end of its segment returns at o
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +27,7 @@ SAFE_EXPONENT = 40
 BLOCK_ROWS = 4
 BLOCK_COLS = 512
 STATS_WARPS = 4
+STATS_REGISTERS = 128
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -38,6 +40,11 @@ def saturate(x: float) -> float:
     """A parameter within fp32, which is what kernels take: as an infinity it would make NaN of a product with 0."""
     largest = torch.finfo(torch.float32).max
     return min(max(x, -largest), largest)
+
+
+def register_limit(device: torch.device, registers: int) -> dict[str, Any]:
+    """A launch option. Without it ptxas aims at occupancy, and may spill a little to save a few registers."""
+    return {} if device.type == "cpu" or torch.version.hip is not None else {"maxnreg": registers}
 
 
 @triton.jit
@@ -410,6 +417,7 @@ def launch_token_pass(
                 SCALED=tokens.dtype != torch.float16,
                 SAFE=SAFE_EXPONENT,
                 num_warps=STATS_WARPS,
+                **register_limit(device, STATS_REGISTERS),
             )
     return inv_norm, scale, scores, sums
 

@@ -13,18 +13,22 @@ struct KernelView {
 
   float diagonal(int64_t i) const { return data[i * (row_stride + column_stride)]; }
 
-  // A panel of row i, zero padded.
-  void row(int64_t i, int64_t panel, float* out) const {
+  // Asks for the whole row: the panels will want it soon, one short piece after the other, which no hardware prefetcher
+  // foresees.
+  void prefetch_row(int64_t i) const {
+    if (column_stride != 1) return;
+    constexpr int64_t line = 64 / sizeof(float);
+    for (int64_t c = 0; c < count; c += line) __builtin_prefetch(data + i * row_stride + c, 0, 2);
+  }
+
+  // A panel of row i: in place where it is whole, else zero padded in `buffer`.
+  const float* row(int64_t i, int64_t panel, float* buffer) const {
     const int64_t start = panel * kPanel;
     const int64_t columns = std::min<int64_t>(kPanel, count - start);
     const float* x = data + i * row_stride + start * column_stride;
-    if (column_stride == 1) {
-      simd().finite_row(x, columns, out);
-    } else {
-      for (int64_t c = 0; c < columns; ++c) out[c] = x[c * column_stride];
-      simd().finite_row(out, columns, out);
-    }
-    for (int64_t c = columns; c < kPanel; ++c) out[c] = 0.0f;
+    if (column_stride == 1 && columns == kPanel) return x;
+    for (int64_t c = 0; c < kPanel; ++c) buffer[c] = c < columns ? x[c * column_stride] : 0.0f;
+    return buffer;
   }
 };
 
@@ -48,48 +52,59 @@ inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float
   const GreedyProblem problem{positions, diagonal, ids, diagonal, tier};
 
   float* residual = scratch.take<float>(positions, -1.0f);
-  float* bound = scratch.take<float>(panels);
+  float* bound = scratch.take<float>(pad_to_panel(panels), -1.0f);
   int64_t* applied = scratch.take<int64_t>(panels, 0);
   float largest = 0.0f;
   for (int64_t p = 0; p < n; ++p) {
     if (tier[p] == 0) residual[p] = std::max(diagonal[p], 0.0f);
     largest = std::max(largest, residual[p]);
   }
-  const auto best_of = [&](int64_t p) { return simd().argmax(residual + p * kPanel, kPanel); };
-  for (int64_t p = 0; p < panels; ++p) bound[p] = residual[p * kPanel + best_of(p)];
+  const SimdOps& ops = simd();
+  for (int64_t p = 0; p < panels; ++p) bound[p] = residual[p * kPanel + ops.argmax(residual + p * kPanel, kPanel)];
 
   const detail::CholeskyRows rows{scratch.take<float>(positions * k), k};
   float* columns = scratch.take<float>(k * k);  // [pivot][earlier pivots]: the factor of the pivots themselves
   float* inverse = scratch.take<float>(k);
-  float* entries = scratch.take<float>(kPanel * kPanel);
+  float* buffer = scratch.take<float>(kPanel * kPanel);
+  const float exhausted_at = kRankTolerance * largest;
+  const int64_t slots = pad_to_panel(panels);
   int64_t picked = 0;
-  while (picked < k) {
-    const int64_t p = simd().argmax(bound, panels);
-    if (applied[p] < picked) {
-      const int64_t done = applied[p];
-      const int m = static_cast<int>(std::min<int64_t>(kPanel, picked - done));
-      const float* pointers[kPanel];
-      for (int a = 0; a < m; ++a) {
-        pointers[a] = columns + (done + a) * k;
-        kernel.row(indices[done + a], p, entries + a * kPanel);
+  bool exhausted = false;
+  for (int64_t p = ops.argmax(bound, slots); picked < k && !exhausted;) {
+    // Stays with the leading panel until another one comes before it.
+    float top = bound[p];
+    bound[p] = -2.0f;
+    const int64_t next = ops.argmax(bound, slots);
+    const float rival = bound[next];
+    while (picked < k && (top > rival || (top == rival && p < next))) {
+      if (applied[p] < picked) {
+        const int64_t done = applied[p];
+        const int m = static_cast<int>(std::min<int64_t>(kPanel, picked - done));
+        const float* entries[kPanel];
+        const float* factor[kPanel];
+        for (int a = 0; a < m; ++a) {
+          entries[a] = kernel.row(indices[done + a], p, buffer + a * kPanel);
+          factor[a] = columns + (done + a) * k;
+        }
+        top = ops.extend(entries, m, factor, inverse + done, done, rows.panel(p), residual + p * kPanel);
+        applied[p] += m;
+        continue;
       }
-      simd().project(pointers, m, rows.panel(p), done, entries);
-      simd().solve(entries, m, columns + done * k + done, k, inverse + done, rows.panel(p) + done * kPanel,
-                   residual + p * kPanel);
-      applied[p] += m;
-      bound[p] = residual[p * kPanel + best_of(p)];
-      continue;
+      exhausted = top <= exhausted_at;  // a taken or bad token stands at -1
+      if (exhausted) break;
+      const Taken taken = ops.take(residual + p * kPanel);
+      const int64_t best = p * kPanel + taken.column;
+      kernel.prefetch_row(best);
+      rows.column(best, picked, columns + picked * k);
+      inverse[picked] = 1.0f / std::sqrt(top);
+      indices[picked] = best;
+      gains[picked++] = top;
+      top = taken.left;
     }
-    const int64_t best = p * kPanel + best_of(p);
-    const float gain = bound[p];
-    if (gain <= kRankTolerance * largest) break;  // a taken or bad token stands at -1
-    rows.column(best, picked, columns + picked * k);
-    inverse[picked] = 1.0f / std::sqrt(gain);
-    residual[best] = -1.0f;
-    bound[p] = residual[p * kPanel + best_of(p)];
-    indices[picked] = best;
-    gains[picked++] = gain;
+    bound[p] = top;
+    p = next;
   }
+  if (picked == k) return;
   picked = detail::take_by_priority(problem, 0, k, picked, residual, indices, gains);
   detail::take_by_priority(problem, kNoTier, k, picked, residual, indices, gains);
 }

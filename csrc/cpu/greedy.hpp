@@ -111,7 +111,7 @@ struct Pivots {
   int count = 0;
   int32_t positions[kPanel];
   float* factor;  // [kPanel][kPanel], lower triangle: the Cholesky factor of the pivots' conditional kernel
-  float inverse_diagonal[kPanel];
+  alignas(64) float inverse_diagonal[kPanel];
 };
 
 // Brings rows and residuals of all positions up to date with the pivots; `done` pivots were applied before.
@@ -120,21 +120,24 @@ void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivo
                   CholeskyRows rows, float* residual, const Parallel& parallel) {
   Scratch scratch;
   const int m = pivots.count;
-  float* earlier = scratch.take<float>(m * std::max<int64_t>(done, 1));
-  const float* pointers[kPanel];
+  const int64_t length = done + kPanel;
+  float* columns = scratch.take<float>(m * length);
+  const float* factor[kPanel];
   for (int a = 0; a < m; ++a) {
-    rows.column(pivots.positions[a], done, earlier + a * done);
-    pointers[a] = earlier + a * done;
+    float* column = columns + a * length;
+    rows.column(pivots.positions[a], done, column);
+    std::copy_n(pivots.factor + a * kPanel, a, column + done);
+    factor[a] = column;
   }
   const typename Source::Rows pivot_rows(source, pivots.positions, m, scratch);
   parallel(problem.positions / kPanel, 4, [&](int64_t begin, int64_t end) {
     Scratch local;
     float* entries = local.take<float>(m * kPanel);
+    const float* pointers[kPanel];
+    for (int a = 0; a < m; ++a) pointers[a] = entries + a * kPanel;
     for (int64_t p = begin; p < end; ++p) {
       pivot_rows.panel(p, entries);
-      simd().project(pointers, m, rows.panel(p), done, entries);
-      simd().solve(entries, m, pivots.factor, kPanel, pivots.inverse_diagonal, rows.panel(p) + done * kPanel,
-                   residual + p * kPanel);
+      simd().extend(pointers, m, factor, pivots.inverse_diagonal, done, rows.panel(p), residual + p * kPanel);
     }
   });
 }
@@ -173,7 +176,7 @@ class Pool {
 
   bool empty() const { return size_ == 0; }
   // The member of largest residual; only meaningful while one is left.
-  int best() const { return static_cast<int>(simd().argmax(residual_, size_)); }
+  int best() const { return static_cast<int>(simd().argmax(residual_, kPanel)); }
   float residual(int member) const { return residual_[member]; }
   int32_t id(int member) const { return ids_[member]; }
   int32_t position(int member) const { return positions_[member]; }
@@ -194,10 +197,9 @@ class Pool {
     pivots.positions[m] = positions_[member];
     residual_[member] = -1.0f;
     if (!known_[member]) compute_rows(member);
-    float* entries = kernel_ + member * kPanel;
-    const float* pointer = factor;
-    simd().project(&pointer, 1, local_rows_, m, entries);
-    simd().solve(entries, 1, nullptr, 0, pivots.inverse_diagonal + m, local_rows_ + m * kPanel, residual_);
+    const float* entries = kernel_ + member * kPanel;
+    const float* column = factor;
+    simd().extend(&entries, 1, &column, pivots.inverse_diagonal + m, m, local_rows_, residual_);
     ++pivots.count;
   }
 

@@ -32,6 +32,11 @@ struct MatchLanes {
   alignas(64) int32_t above[kGroup];  // how many similarities >= threshold
 };
 
+struct Taken {
+  int32_t column;
+  float left;  // the largest residual after it
+};
+
 struct SimdOps {
   const char* name;
 
@@ -61,14 +66,17 @@ struct SimdOps {
   // g[r][c] -= sum_d a[r][d] * rows[d][c] for all columns of a panel, one chain of multiply-adds in the order of d:
   // taking the depth in pieces gives the same bits.
   void (*project)(const float* const* a, int count, const float* rows, int64_t depth, float* g);
-  // Cholesky rows of `m` new pivots on one panel of columns. g[m][kPanel] holds the kernel entries less what earlier
-  // pivots explain; factor[a * stride + b] is the lower triangular factor of the pivots themselves,
-  // inverse_diagonal[a] = 1 / factor[a * stride + a]. Writes rows[a][kPanel] and takes their squares off `residual`,
-  // one after the other, clamped at 0; columns with a negative residual (taken) keep it. Goes on with project's chains.
-  void (*solve)(const float* g, int m, const float* factor, int64_t stride, const float* inverse_diagonal, float* rows,
-                float* residual);
-  // Lowest index of the largest of n > 0 values.
+  // Cholesky rows of `m` new pivots on one panel of columns. entries[a][kPanel]: kernel entries of pivot a (not finite
+  // counts as 0); factor[a]: its column of the Cholesky rows, done + a values; rows[done][kPanel]: the rows so far.
+  // Writes rows[done + a] = (entries[a] - sum_s factor[a][s] rows[s]) * inverse_diagonal[a], in project's chains, and
+  // takes their squares off `residual`, one after the other, clamped at 0; a column with a negative one (taken) keeps it.
+  // Returns the largest residual of the panel.
+  float (*extend)(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
+                  int64_t done, float* rows, float* residual);
+  // Lowest index of the largest of n > 0 values, none of them NaN; n is a multiple of kGroup.
   int64_t (*argmax)(const float* x, int64_t n);
+  // Takes the first of the largest residuals of a panel, which then stands at -1.
+  Taken (*take)(float* residual);
 };
 
 // The table for this CPU.

@@ -368,51 +368,126 @@ inline Vec lower_residual(Vec residual, Vec explained) {
   return residual < Vec{} ? residual : max(residual - explained, Vec{});
 }
 
-void solve(const float* g, int m, const float* factor, int64_t stride, const float* inverse_diagonal, float* rows,
-           float* residual) {
-  constexpr int kBlock = kFloats >= 16 ? 4 : 2;  // vectors of columns at a time
-  for (int c = 0; c < kPanelVectors; c += kBlock) {
-    Vec left[kBlock];
+inline Vec zero_unless_finite(Vec x) {
+  const Uint exponent = float_to_bits(x) & 0x7f800000u;
+  return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
+}
+
+// M new rows on V vectors of columns, from `column` on. The triangle among the new rows is solved in registers.
+template <int M, int V>
+struct ExtendTile {
+  static void run(const float* const* entries, const float* const* factor, const float* inverse_diagonal, int64_t done,
+                  float* rows, float* residual, int column) {
+    Vec sum[M][V];
+    const float* a[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      a[r] = factor[r];
 #pragma GCC unroll 4
-    for (int v = 0; v < kBlock; ++v) left[v] = load<Vec>(residual + (c + v) * kFloats);
-    for (int a = 0; a < m; ++a) {
-      Vec row[kBlock];
+      for (int v = 0; v < V; ++v) sum[r][v] = zero_unless_finite(load<Vec>(entries[r] + column + v * kFloats));
+    }
+    for (int64_t d = 0; d < done; ++d) {
+      Vec b[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < kBlock; ++v) row[v] = load<Vec>(g + a * kPanel + (c + v) * kFloats);
-      for (int b = 0; b < a; ++b) {
-        const Vec x = splat(factor[a * stride + b]);
+      for (int v = 0; v < V; ++v) b[v] = load<Vec>(rows + d * kPanel + column + v * kFloats);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        const Vec x = splat(a[r][d]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kBlock; ++v) row[v] -= x * load<Vec>(rows + b * kPanel + (c + v) * kFloats);
+        for (int v = 0; v < V; ++v) sum[r][v] -= x * b[v];
+      }
+    }
+    Vec left[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) left[v] = load<Vec>(residual + column + v * kFloats);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 8
+      for (int q = 0; q < r; ++q) {
+        const Vec x = splat(a[r][done + q]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] -= x * sum[q][v];
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < kBlock; ++v) {
-        row[v] *= inverse_diagonal[a];
-        store(rows + a * kPanel + (c + v) * kFloats, row[v]);
-        left[v] = lower_residual(left[v], row[v] * row[v]);
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] *= inverse_diagonal[r];
+        store(rows + (done + r) * kPanel + column + v * kFloats, sum[r][v]);
+        left[v] = lower_residual(left[v], sum[r][v] * sum[r][v]);
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kBlock; ++v) store(residual + (c + v) * kFloats, left[v]);
+    for (int v = 0; v < V; ++v) store(residual + column + v * kFloats, left[v]);
   }
+};
+
+// Folds the lanes of a vector into each other.
+template <int kHalf, typename V, typename Fold>
+inline V fold_lanes(V v, Fold fold) {
+  Int other;
+  for (int l = 0; l < kFloats; ++l) other[l] = l ^ kHalf;
+  v = fold(v, __builtin_shuffle(v, other));
+  if constexpr (kHalf > 1) v = fold_lanes<kHalf / 2>(v, fold);
+  return v;
+}
+
+// In every lane: the largest of all lanes, or the lowest.
+inline Vec largest_lane(Vec v) {
+  return fold_lanes<kFloats / 2>(v, [](Vec a, Vec b) { return max(a, b); });
+}
+inline Int lowest_lane(Int v) {
+  return fold_lanes<kFloats / 2>(v, [](Int a, Int b) { return a < b ? a : b; });
+}
+
+float extend(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
+             int64_t done, float* rows, float* residual) {
+  for (int r = 0; r < m; r += kRows) {
+    for (int c = 0; c < kPanelVectors; c += kVectors) {
+      dispatch_tile<ExtendTile>(m - r, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows,
+                                residual, c * kFloats);
+    }
+  }
+  Vec top = load<Vec>(residual);
+#pragma GCC unroll 16
+  for (int v = 1; v < kPanelVectors; ++v) top = max(load<Vec>(residual + v * kFloats), top);
+  return largest_lane(top)[0];
 }
 
 int64_t argmax(const float* x, int64_t n) {
-  float best = x[0];
-  int64_t i = 0;
-  if (n >= kFloats) {
-    Vec top = load<Vec>(x);
-    for (i = kFloats; i + kFloats <= n; i += kFloats) top = max(load<Vec>(x + i), top);
-    for (int l = 0; l < kFloats; ++l) best = top[l] > best ? top[l] : best;
+  Vec top = load<Vec>(x);
+  for (int64_t i = kFloats; i < n; i += kFloats) top = max(load<Vec>(x + i), top);
+  top = largest_lane(top);
+  Int lane;
+  for (int l = 0; l < kFloats; ++l) lane[l] = l;
+  Int first = Int{} + static_cast<int32_t>(n);
+  for (int64_t i = n - kFloats; i >= 0; i -= kFloats) {
+    first = load<Vec>(x + i) == top ? lane + static_cast<int32_t>(i) : first;
   }
-  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
-  for (i = 0; i + kFloats <= n; i += kFloats) {
-    const Int equal = load<Vec>(x + i) == best;
-    int any = 0;
-    for (int l = 0; l < kFloats; ++l) any |= equal[l];
-    if (any) break;
+  return lowest_lane(first)[0];
+}
+
+Taken take(float* residual) {
+  Vec value[kPanelVectors];
+  Vec top = load<Vec>(residual);
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanelVectors; ++v) {
+    value[v] = load<Vec>(residual + v * kFloats);
+    top = max(value[v], top);
   }
-  while (i < n && x[i] != best) ++i;
-  return i < n ? i : 0;
+  top = largest_lane(top);
+  Int lane;
+  for (int l = 0; l < kFloats; ++l) lane[l] = l;
+  Int first = Int{} + kPanel;
+#pragma GCC unroll 16
+  for (int v = kPanelVectors - 1; v >= 0; --v) first = value[v] == top ? lane + v * kFloats : first;
+  first = lowest_lane(first);
+  Vec left = splat(-1.0f);
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanelVectors; ++v) {
+    value[v] = lane + v * kFloats == first ? splat(-1.0f) : value[v];
+    left = max(value[v], left);
+    store(residual + v * kFloats, value[v]);
+  }
+  return {first[0], largest_lane(left)[0]};
 }
 
 constexpr SimdOps make_ops(const char* name) {
@@ -431,8 +506,9 @@ constexpr SimdOps make_ops(const char* name) {
   ops.scale_products = scale_products;
   ops.match = match;
   ops.project = project;
-  ops.solve = solve;
+  ops.extend = extend;
   ops.argmax = argmax;
+  ops.take = take;
   return ops;
 }
 

@@ -226,7 +226,7 @@ inline void bipartite_match(const TokenView& tokens, float threshold, const Matc
   const Split split = split_of(tokens.count);
   int32_t* ids = scratch.take<int32_t>(split.positions());
   split_tokens(tokens.count, ids);
-  const PackedTokens packed(tokens, table, ids, split.positions(), scratch, parallel);
+  const PackedTokens packed(tokens, table, ids, split.positions(), split.first_source, scratch, parallel);
   match_packed(packed, split, threshold, result, nullptr, nullptr, parallel);
 }
 

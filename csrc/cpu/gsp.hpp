@@ -31,7 +31,7 @@ inline float redundancy(int32_t degree, float mean, float density, const GspOpti
 
 }  // namespace detail
 
-// One image, from tokens packed in the order of split_tokens. Keeps exactly `keep` tokens, which the caller has checked
+// One image, from tokens packed (destinations at least) in the order of split_tokens. Keeps exactly `keep` tokens, which the caller has checked
 // that the rounds can reach. mask and score: one entry per token; score is what a token had when last a source, else 0.
 // `tile` (may be null) is given the products of the first round.
 inline void gsp_packed(const TokenView& tokens, const RowTable& table, const PackedTokens& packed, int64_t keep,
@@ -59,7 +59,7 @@ inline void gsp_packed(const TokenView& tokens, const RowTable& table, const Pac
         if (mask[i]) survivors[next++] = static_cast<int32_t>(i);
       }
       split = split_by_parity(survivors, count, ids);
-      const PackedTokens left(tokens, table, ids, split.positions(), again, parallel);
+      const PackedTokens left(tokens, table, ids, split.positions(), split.first_source, again, parallel);
       match_packed(left, split, options.threshold, result, nullptr, tile, parallel);
     }
     int64_t sources = 0;
@@ -84,9 +84,10 @@ inline void gsp(const TokenView& tokens, int64_t keep, const GspOptions& options
                 const Parallel& parallel) {
   Scratch scratch;
   const RowTable table = scan_rows(tokens, nullptr, scratch, parallel);
-  int32_t* ids = scratch.take<int32_t>(split_of(tokens.count).positions());
+  const Split split = split_of(tokens.count);
+  int32_t* ids = scratch.take<int32_t>(split.positions());
   split_tokens(tokens.count, ids);
-  const PackedTokens packed(tokens, table, ids, split_of(tokens.count).positions(), scratch, parallel);
+  const PackedTokens packed(tokens, table, ids, split.positions(), split.first_source, scratch, parallel);
   std::optional<MatchTile> tile;
   if (options.rounds > 1 && MatchTile::fits(tokens.count)) tile.emplace(tokens.count, scratch);
   gsp_packed(tokens, table, packed, keep, options, tile ? &*tile : nullptr, mask, score, parallel);

@@ -51,7 +51,7 @@ inline void prune(const TokenView& tokens, const std::optional<TokenView>& align
   const int64_t positions = split_of(n).positions();
   int32_t* ids = scratch.take<int32_t>(positions);
   split_tokens(n, ids);
-  const PackedTokens packed(tokens, table, ids, positions, scratch, parallel);
+  const PackedTokens packed(tokens, table, ids, positions, positions, scratch, parallel);
 
   bool* survives = scratch.take<bool>(n, true);
   std::optional<MatchTile> tile;

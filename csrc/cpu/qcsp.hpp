@@ -132,7 +132,7 @@ inline void qcsp(const TokenView& tokens, const float* relevance, int64_t releva
   const int64_t positions = pad_to_panel(tokens.count);
   int32_t* ids = scratch.take<int32_t>(positions, kHole);
   for (int64_t i = 0; i < tokens.count; ++i) ids[i] = static_cast<int32_t>(i);
-  const PackedTokens packed(tokens, table, ids, positions, scratch, parallel);
+  const PackedTokens packed(tokens, table, ids, positions, positions, scratch, parallel);
   const uint8_t* tier = scratch.take<uint8_t>(tokens.count, 0);
   rank_tokens(packed, table, ids, nullptr, relevance, relevance_stride, tier, k, indices, gains, parallel);
 }

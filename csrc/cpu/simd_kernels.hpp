@@ -151,24 +151,31 @@ inline void transpose(Vec (&v)[kFloats]) {
 }
 
 // Moves 32-bit words as they are: fp32 values, or pairs of bf16.
+// Steps of one block of rows before the next: as many streams as rows are read at a time, each far enough for the
+// hardware to see it.
+constexpr int64_t kPackChunk = 512;
+
 void pack(const float* const* rows, int count, int64_t depth, float* panel) {
   const int blocks = (count + kFloats - 1) / kFloats;
-  int64_t d = 0;
-  for (; d + kFloats <= depth; d += kFloats) {
+  const int64_t whole = depth - depth % kFloats;
+  for (int64_t start = 0; start < whole; start += kPackChunk) {
+    const int64_t end = whole - start < kPackChunk ? whole : start + kPackChunk;
     for (int block = 0; block < kPanelVectors; ++block) {
-      Vec v[kFloats] = {};
-      if (block < blocks) {
+      for (int64_t d = start; d < end; d += kFloats) {
+        Vec v[kFloats] = {};
+        if (block < blocks) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kFloats; ++r) {
-          if (block * kFloats + r < count) v[r] = load<Vec>(rows[block * kFloats + r] + d);
+          for (int r = 0; r < kFloats; ++r) {
+            if (block * kFloats + r < count) v[r] = load<Vec>(rows[block * kFloats + r] + d);
+          }
+          transpose(v);
         }
-        transpose(v);
-      }
 #pragma GCC unroll 16
-      for (int r = 0; r < kFloats; ++r) store(panel + (d + r) * kPanel + block * kFloats, v[r]);
+        for (int r = 0; r < kFloats; ++r) store(panel + (d + r) * kPanel + block * kFloats, v[r]);
+      }
     }
   }
-  for (; d < depth; ++d) {
+  for (int64_t d = whole; d < depth; ++d) {
     for (int c = 0; c < kPanel; ++c) panel[d * kPanel + c] = 0;
     for (int c = 0; c < count; ++c) __builtin_memcpy(panel + d * kPanel + c, rows[c] + d, 4);
   }
@@ -373,6 +380,8 @@ inline Vec zero_unless_finite(Vec x) {
   return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
 }
 
+constexpr int64_t kAhead = 16;
+
 // M new rows on V vectors of columns, from `column` on. The triangle among the new rows is solved in registers.
 template <int M, int V>
 struct ExtendTile {
@@ -389,7 +398,9 @@ struct ExtendTile {
     for (int64_t d = 0; d < done; ++d) {
       Vec b[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = load<Vec>(rows + d * kPanel + column + v * kFloats);
+      for (int v = 0; v < V; ++v) {
+        b[v] = load<Vec>(rows + d * kPanel + column + v * kFloats);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < M; ++r) {
         const Vec x = splat(a[r][d]);

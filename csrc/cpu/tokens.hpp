@@ -106,16 +106,17 @@ inline RowTable scan_rows(const TokenView& tokens, const float* direction, Scrat
 inline constexpr int32_t kHole = -1;  // a position without a token
 
 // Rows and panels of one image, in the order of `ids` (position -> token). `positions` is a multiple of kPanel; holes
-// fill a panel up behind its tokens. bf16 tokens stay bf16 where the CPU multiplies them; everything else is fp32.
+// fill a panel up behind its tokens. bf16 tokens stay bf16 where the CPU multiplies them; everything else is fp32. Only
+// the first `packed` positions, whole panels, can be asked for as panels; rows can be had of all.
 class PackedTokens {
  public:
-  PackedTokens(const TokenView& tokens, const RowTable& table, const int32_t* ids, int64_t positions, Scratch& scratch,
-               const Parallel& parallel)
+  PackedTokens(const TokenView& tokens, const RowTable& table, const int32_t* ids, int64_t positions, int64_t packed,
+               Scratch& scratch, const Parallel& parallel)
       : tokens_(tokens), table_(table), ids_(ids), positions_(positions), bf16_(uses_bf16(tokens.dtype)) {
     depth_ = bf16_ ? (tokens.width + 1) / 2 : tokens.width;  // in 32-bit words
     zero_row_ = scratch.take<float>(depth_, 0.0f);
-    panels_ = scratch.take<float>(panels() * panel_size());
-    parallel(panels(), 4, [&](int64_t begin, int64_t end) {
+    panels_ = scratch.take<float>(packed / kPanel * panel_size());
+    parallel(packed / kPanel, 4, [&](int64_t begin, int64_t end) {
       Scratch local;
       float* buffer = local.take<float>(row_buffer_size(kPanel));
       for (int64_t p = begin; p < end; ++p) {
@@ -132,7 +133,6 @@ class PackedTokens {
   static bool uses_bf16(DType dtype) { return dtype == DType::kBFloat16 && simd().gemm_bf16 != nullptr; }
 
   int64_t positions() const { return positions_; }
-  int64_t panels() const { return positions_ / kPanel; }
   // Columns of a panel that hold a token; they come first.
   int columns(int64_t p) const {
     int count = kPanel;

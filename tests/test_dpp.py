@@ -227,6 +227,23 @@ def test_tie_at_the_first_pick(backend, low):
     assert 576 not in indices[0].tolist()
 
 
+@pytest.mark.parametrize("n", [300, 777])
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_between_tokens_of_unlike_diagonal_go_to_the_lowest_index(backend, n, seed):
+    """Conditioned on the first pick every residual is 1, exactly: 5 - (8 / 4)^2, 2 - (4 / 4)^2 or 1 from the start."""
+    generator = torch.Generator().manual_seed(seed)
+    pivot, *rest = torch.randperm(n, generator=generator).tolist()
+    kernel = torch.eye(n, dtype=torch.float64)
+    row = torch.zeros(n, dtype=torch.float64)
+    row[rest[: n // 3]], row[rest[n // 3 : n // 2]] = 2.0, 1.0
+    kernel += row[:, None] * row
+    row[pivot] = 4.0
+    kernel[pivot], kernel[:, pivot] = 4 * row, 4 * row
+    indices, gains = backend.dpp_map(kernel[None].float().to(backend.device), n)
+    assert indices[0].tolist() == [pivot, *sorted(rest)]
+    assert gains[0].tolist() == [16.0] + [1.0] * (n - 1)
+
+
 # --- permutation, shapes
 
 

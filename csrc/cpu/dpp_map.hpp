@@ -21,16 +21,65 @@ struct KernelView {
     for (int64_t c = 0; c < count; c += line) __builtin_prefetch(data + i * row_stride + c, 0, 2);
   }
 
-  // A panel of row i: in place where it is whole, else zero padded in `buffer`.
-  const float* row(int64_t i, int64_t panel, float* buffer) const {
-    const int64_t start = panel * kPanel;
-    const int64_t columns = std::min<int64_t>(kPanel, count - start);
-    const float* x = data + i * row_stride + start * column_stride;
-    if (column_stride == 1 && columns == kPanel) return x;
-    for (int64_t c = 0; c < kPanel; ++c) buffer[c] = c < columns ? x[c * column_stride] : 0.0f;
+  // Row i at the tokens of a panel, zero at holes: in place where they stand side by side, else in `buffer`.
+  const float* row(int64_t i, const int32_t* tokens, bool in_order, float* buffer) const {
+    const float* x = data + i * row_stride;
+    if (in_order && column_stride == 1 && tokens[kPanel - 1] != kHole) return x + tokens[0];
+    if (tokens[kPanel - 1] == kHole) {
+      for (int c = 0; c < kPanel; ++c) buffer[c] = tokens[c] == kHole ? 0.0f : x[tokens[c] * column_stride];
+    } else {
+#pragma GCC unroll 8
+      for (int c = 0; c < kPanel; ++c) buffer[c] = x[tokens[c] * column_stride];
+    }
     return buffer;
   }
 };
+
+namespace detail {
+
+// Below kOrderedFrom Cholesky entries a gathered kernel row costs what the order saves.
+inline constexpr int64_t kOrderedFrom = int64_t{1} << 16;
+
+// Tokens by falling K_ii, roughly (64 steps) and else in order, so that those with a chance to be picked share panels.
+// ids: position -> token. Returns whether that is the order the tokens had.
+inline bool order_by_diagonal(const float* diagonal, int64_t n, float largest, int32_t* ids) {
+  constexpr int kSteps = 64;
+  int64_t start[kSteps + 1] = {};
+  const auto step = [&](int64_t i) {
+    const float x = diagonal[i];
+    return std::isfinite(x) && x > 0.0f ? kSteps - 1 - static_cast<int>(x / largest * (kSteps - 1)) : kSteps - 1;
+  };
+  for (int64_t i = 0; i < n; ++i) ++start[step(i) + 1];
+  for (int s = 0; s < kSteps; ++s) start[s + 1] += start[s];
+  bool in_order = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t p = start[step(i)]++;
+    ids[p] = static_cast<int32_t>(i);
+    in_order = in_order && p == i;
+  }
+  return in_order;
+}
+
+// Several panels claim the same largest residual: one that is not up to date goes first, else the one with the lowest
+// token of that residual.
+inline int64_t first_of_equals(const float* bound, const int64_t* applied, int64_t picked, const float* residual,
+                               const int32_t* ids, int64_t panels, float top) {
+  int64_t first = -1;
+  int32_t lowest = std::numeric_limits<int32_t>::max();
+  for (int64_t p = 0; p < panels; ++p) {
+    if (bound[p] != top) continue;
+    if (applied[p] < picked) return p;
+    for (int64_t c = p * kPanel; c < (p + 1) * kPanel; ++c) {
+      if (residual[c] == top && ids[c] < lowest) {
+        lowest = ids[c];
+        first = p;
+      }
+    }
+  }
+  return first;
+}
+
+}  // namespace detail
 
 // One image, panel by panel: a panel's best residual is an upper bound for as long as later pivots have not been
 // applied to it. The panel of largest bound is brought up to date, with all pivots it lacks at once, until it is one
@@ -40,50 +89,57 @@ struct KernelView {
 inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float* gains) {
   Scratch scratch;
   const int64_t n = kernel.count, positions = pad_to_panel(n), panels = positions / kPanel;
-  int32_t* ids = scratch.take<int32_t>(positions, kHole);
-  float* diagonal = scratch.take<float>(positions, 0.0f);
-  uint8_t* tier = scratch.take<uint8_t>(positions, kHoleTier);
+  float* of_token = scratch.take<float>(n);
+  float largest = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
-    const float x = kernel.diagonal(i);
-    ids[i] = static_cast<int32_t>(i);
-    tier[i] = std::isfinite(x) ? 0 : kNoTier;
-    diagonal[i] = std::isfinite(x) ? x : 0.0f;
+    of_token[i] = kernel.diagonal(i);
+    if (std::isfinite(of_token[i])) largest = std::max(largest, of_token[i]);
+  }
+  int32_t* ids = scratch.take<int32_t>(positions, kHole);
+  bool in_order = true;
+  if (n * k >= detail::kOrderedFrom) {
+    in_order = detail::order_by_diagonal(of_token, n, largest, ids);
+  } else {
+    for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int32_t>(i);
+  }
+  float* diagonal = scratch.take<float>(positions, 0.0f);
+  float* residual = scratch.take<float>(positions, -1.0f);
+  uint8_t* tier = scratch.take<uint8_t>(positions, kHoleTier);
+  for (int64_t p = 0; p < n; ++p) {
+    const float x = of_token[ids[p]];
+    tier[p] = std::isfinite(x) ? 0 : kNoTier;
+    diagonal[p] = std::isfinite(x) ? x : 0.0f;
+    if (tier[p] == 0) residual[p] = std::max(x, 0.0f);
   }
   const GreedyProblem problem{positions, diagonal, ids, diagonal, tier};
 
-  float* residual = scratch.take<float>(positions, -1.0f);
-  float* bound = scratch.take<float>(pad_to_panel(panels), -1.0f);
-  int64_t* applied = scratch.take<int64_t>(panels, 0);
-  float largest = 0.0f;
-  for (int64_t p = 0; p < n; ++p) {
-    if (tier[p] == 0) residual[p] = std::max(diagonal[p], 0.0f);
-    largest = std::max(largest, residual[p]);
-  }
   const SimdOps& ops = simd();
+  const int64_t slots = pad_to_panel(panels);
+  float* bound = scratch.take<float>(slots, -1.0f);
   for (int64_t p = 0; p < panels; ++p) bound[p] = residual[p * kPanel + ops.argmax(residual + p * kPanel, kPanel)];
-
+  int64_t* applied = scratch.take<int64_t>(panels, 0);
   const detail::CholeskyRows rows{scratch.take<float>(positions * k), k};
   float* columns = scratch.take<float>(k * k);  // [pivot][earlier pivots]: the factor of the pivots themselves
   float* inverse = scratch.take<float>(k);
   float* buffer = scratch.take<float>(kPanel * kPanel);
   const float exhausted_at = kRankTolerance * largest;
-  const int64_t slots = pad_to_panel(panels);
   int64_t picked = 0;
   bool exhausted = false;
   for (int64_t p = ops.argmax(bound, slots); picked < k && !exhausted;) {
     // Stays with the leading panel until another one comes before it.
     float top = bound[p];
     bound[p] = -2.0f;
-    const int64_t next = ops.argmax(bound, slots);
+    int64_t next = ops.argmax(bound, slots);
     const float rival = bound[next];
-    while (picked < k && (top > rival || (top == rival && p < next))) {
+    while (picked < k) {
+      if (top < rival) break;
       if (applied[p] < picked) {
         const int64_t done = applied[p];
         const int m = static_cast<int>(std::min<int64_t>(kPanel, picked - done));
         const float* entries[kPanel];
         const float* factor[kPanel];
         for (int a = 0; a < m; ++a) {
-          entries[a] = kernel.row(indices[done + a], p, buffer + a * kPanel);
+          entries[a] = kernel.row(indices[done + a], ids + p * kPanel, in_order, buffer + a * kPanel);
           factor[a] = columns + (done + a) * k;
         }
         top = ops.extend(entries, m, factor, inverse + done, done, rows.panel(p), residual + p * kPanel);
@@ -92,12 +148,21 @@ inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float
       }
       exhausted = top <= exhausted_at;  // a taken or bad token stands at -1
       if (exhausted) break;
-      const Taken taken = ops.take(residual + p * kPanel);
+      if (top == rival) {
+        bound[p] = top;
+        const int64_t first = detail::first_of_equals(bound, applied, picked, residual, ids, panels, top);
+        if (first != p) {
+          next = first;
+          break;
+        }
+        bound[p] = -2.0f;
+      }
+      const Taken taken = ops.take(residual + p * kPanel, ids + p * kPanel);
       const int64_t best = p * kPanel + taken.column;
-      kernel.prefetch_row(best);
+      kernel.prefetch_row(ids[best]);
       rows.column(best, picked, columns + picked * k);
       inverse[picked] = 1.0f / std::sqrt(top);
-      indices[picked] = best;
+      indices[picked] = ids[best];
       gains[picked++] = top;
       top = taken.left;
     }

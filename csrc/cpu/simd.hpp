@@ -75,8 +75,8 @@ struct SimdOps {
                   int64_t done, float* rows, float* residual);
   // Lowest index of the largest of n > 0 values, none of them NaN; n is a multiple of kGroup.
   int64_t (*argmax)(const float* x, int64_t n);
-  // Takes the first of the largest residuals of a panel, which then stands at -1.
-  Taken (*take)(float* residual);
+  // Takes the largest residual of a panel, of equals the one of lowest id; it then stands at -1. ids are distinct there.
+  Taken (*take)(float* residual, const int32_t* ids);
 };
 
 // The table for this CPU.

@@ -476,7 +476,7 @@ int64_t argmax(const float* x, int64_t n) {
   return lowest_lane(first)[0];
 }
 
-Taken take(float* residual) {
+Taken take(float* residual, const int32_t* ids) {
   Vec value[kPanelVectors];
   Vec top = load<Vec>(residual);
 #pragma GCC unroll 16
@@ -487,18 +487,25 @@ Taken take(float* residual) {
   top = largest_lane(top);
   Int lane;
   for (int l = 0; l < kFloats; ++l) lane[l] = l;
-  Int first = Int{} + kPanel;
-#pragma GCC unroll 16
-  for (int v = kPanelVectors - 1; v >= 0; --v) first = value[v] == top ? lane + v * kFloats : first;
-  first = lowest_lane(first);
-  Vec left = splat(-1.0f);
+  Int first = Int{} + INT32_MAX;
 #pragma GCC unroll 16
   for (int v = 0; v < kPanelVectors; ++v) {
-    value[v] = lane + v * kFloats == first ? splat(-1.0f) : value[v];
+    const Int id = load<Int>(ids + v * kFloats);
+    first = (value[v] == top) & (id < first) ? id : first;
+  }
+  first = lowest_lane(first);
+  Vec left = splat(-1.0f);
+  Int column{};
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const Int taken = load<Int>(ids + v * kFloats) == first;
+    column |= taken & (lane + v * kFloats);
+    value[v] = taken ? splat(-1.0f) : value[v];
     left = max(value[v], left);
     store(residual + v * kFloats, value[v]);
   }
-  return {first[0], largest_lane(left)[0]};
+  column = fold_lanes<kFloats / 2>(column, [](Int a, Int b) { return a | b; });
+  return {column[0], largest_lane(left)[0]};
 }
 
 constexpr SimdOps make_ops(const char* name) {

@@ -81,23 +81,16 @@ class MatchTile {
     });
   }
 
-  // The products of the token at `position` with panel `p` of the same split, or null where they are not known: a
-  // source with sources, a destination with destinations.
-  const float* products(int64_t position, int64_t p) const {
-    const int64_t first = split_.first_source;
-    if ((position >= first) == (p * kPanel >= first)) return nullptr;
-    return position >= first ? entry(position - first, p)
-                             : by_source_ + ((p - first / kPanel) * columns_ + position) * kPanel;
-  }
+  // Whether it has the products of two tokens: those of unlike parity.
+  static bool knows(int32_t token, int32_t other) { return token % 2 != other % 2; }
 
-  // The products of `token` with tokens of the other parity.
-  void products(int32_t token, const int32_t* others, int count, float* out) const {
-    const float* base = token % 2 == 0 ? entry(token / 2, 0) : by_source_ + (token / 2) * kPanel;
-    const int64_t stride = (token % 2 == 0 ? rows_ : columns_) * kPanel;
-    for (int c = 0; c < count; ++c) {
-      const int64_t other = others[c] / 2;
-      out[c] = base[other / kPanel * stride + other % kPanel];
-    }
+  // The product of `token` with a token of the other parity stands at row(token)[offset(other)].
+  const float* row(int32_t token) const {
+    return token % 2 == 0 ? entry(token / 2, 0) : by_source_ + (token / 2) * kPanel;
+  }
+  int32_t offset(int32_t other) const {
+    const int64_t i = other / 2, stride = other % 2 == 0 ? columns_ : rows_;
+    return static_cast<int32_t>(i / kPanel * stride * kPanel + i % kPanel);
   }
 
  private:
@@ -184,7 +177,8 @@ inline void match_packed(const PackedTokens& packed, const Split& split, float t
               packed.multiply(rows + s, run, packed.panel(p), groups_of(columns), products + s * kPanel);
               s += run - 1;
             } else {
-              known->products(token, others, columns, products + s * kPanel);
+              const float* row = known->row(token);
+              for (int c = 0; c < columns; ++c) products[s * kPanel + c] = row[known->offset(others[c])];
             }
           }
         }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "greedy.hpp"
+#include "order.hpp"
 
 namespace script::cpu {
 
@@ -39,26 +40,6 @@ namespace detail {
 
 // Below kOrderedFrom Cholesky entries a gathered kernel row costs what the order saves.
 inline constexpr int64_t kOrderedFrom = int64_t{1} << 16;
-
-// Tokens by falling K_ii, roughly (64 steps) and else in order, so that those with a chance to be picked share panels.
-// ids: position -> token. Returns whether that is the order the tokens had.
-inline bool order_by_diagonal(const float* diagonal, int64_t n, float largest, int32_t* ids) {
-  constexpr int kSteps = 64;
-  int64_t start[kSteps + 1] = {};
-  const auto step = [&](int64_t i) {
-    const float x = diagonal[i];
-    return std::isfinite(x) && x > 0.0f ? kSteps - 1 - static_cast<int>(x / largest * (kSteps - 1)) : kSteps - 1;
-  };
-  for (int64_t i = 0; i < n; ++i) ++start[step(i) + 1];
-  for (int s = 0; s < kSteps; ++s) start[s + 1] += start[s];
-  bool in_order = true;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t p = start[step(i)]++;
-    ids[p] = static_cast<int32_t>(i);
-    in_order = in_order && p == i;
-  }
-  return in_order;
-}
 
 // Several panels claim the same largest residual: one that is not up to date goes first, else the one with the lowest
 // token of that residual.
@@ -98,7 +79,7 @@ inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float
   int32_t* ids = scratch.take<int32_t>(positions, kHole);
   bool in_order = true;
   if (n * k >= detail::kOrderedFrom) {
-    in_order = detail::order_by_diagonal(of_token, n, largest, ids);
+    in_order = order_tokens({of_token, largest}, 0, 1, n, ids);
   } else {
     for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int32_t>(i);
   }

@@ -2,14 +2,14 @@
 //
 // Residual variances only fall. So the residuals are kept exact for a pool of the kPanel best candidates only; while
 // the pool's best is ahead of the best candidate outside it, as that stood when the pool was chosen, it is the best of
-// all. When it no longer is, the new pivots are applied to every token at once (a matrix product instead of a pass per
-// pivot) and a new pool is chosen. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every
-// step.
+// all. When it no longer is, a new pool is chosen, and the new pivots are applied, all at once (a matrix product
+// instead of a pass per pivot), to the panels that may hold a member of it: what a residual was before is an upper
+// bound. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every step.
 //
 // `Source` supplies kernel entries K by position:
-//   Source::Rows(source, pivots, m, scratch), then .panel(p, out): out[a][c] = K(pivots[a], p * kPanel + c)
-//   Source::Pool(source, positions, count, scratch), then .rows(members, m, out): out[a][c] =
-//   K(positions[members[a]], positions[c])
+//   Source::Rows(k, scratch) takes pivots with append(source, pivots, m, scratch); then .panel(source, p, first, m,
+//   out): out[a][c] = K(pivot first + a, p * kPanel + c) Source::Pool(source, positions, count, scratch), then
+//   .rows(members, m, out): out[a][c] = K(positions[members[a]], positions[c])
 // Positions come in whole panels; entries at a hole are 0.
 #pragma once
 
@@ -52,27 +52,6 @@ struct Candidate {
   }
 };
 
-// The members left in `tier`, best first as far as `wanted`; returns how many of them there are.
-inline int64_t best_candidates(const GreedyProblem& problem, const float* residual, uint8_t tier, int64_t wanted,
-                               Candidate* heap) {
-  int64_t size = 0;
-  for (int64_t p = 0; p < problem.positions; ++p) {
-    if (residual[p] < 0.0f || problem.tier[p] != tier) continue;
-    if (size == wanted && residual[p] < heap[0].residual) continue;
-    const Candidate candidate{residual[p], problem.ids[p], static_cast<int32_t>(p)};
-    if (size < wanted) {
-      heap[size++] = candidate;
-      std::push_heap(heap, heap + size);
-    } else if (candidate < heap[0]) {
-      std::pop_heap(heap, heap + size);
-      heap[size - 1] = candidate;
-      std::push_heap(heap, heap + size);
-    }
-  }
-  std::sort_heap(heap, heap + size);
-  return size;
-}
-
 // Takes what is left of a tier by priority, then index. Returns the new number of picks.
 inline int64_t take_by_priority(const GreedyProblem& problem, uint8_t tier, int64_t k, int64_t picked, float* residual,
                                 int64_t* indices, float* gains) {
@@ -106,51 +85,134 @@ struct CholeskyRows {
   }
 };
 
-// The pivots taken from one pool, not yet applied outside it.
-struct Pivots {
-  int count = 0;
-  int32_t positions[kPanel];
-  float* factor;  // [kPanel][kPanel], lower triangle: the Cholesky factor of the pivots' conditional kernel
-  alignas(64) float inverse_diagonal[kPanel];
+// The pivots so far, and residuals and Cholesky rows of all positions, panel by panel as up to date as they had to be.
+template <typename Source>
+class Panels {
+ public:
+  Panels(const Source& source, const GreedyProblem& problem, int64_t k, Scratch& scratch, const Parallel& parallel)
+      : source_(source),
+        problem_(problem),
+        parallel_(parallel),
+        count_(problem.positions / kPanel),
+        pivot_rows_(k, scratch),
+        rows_{scratch.take<float>(problem.positions * k), k},
+        columns_(scratch.take<float>(k * k)),
+        inverse_(scratch.take<float>(k)),
+        residual_(scratch.take<float>(problem.positions, -1.0f)),
+        bound_(scratch.take<float>(pad_to_panel(count_), -1.0f)),
+        unseen_(scratch.take<float>(pad_to_panel(count_))),
+        applied_(scratch.take<int64_t>(count_, 0)),
+        seen_(scratch.take<int32_t>(count_)) {
+    for (int64_t p = 0; p < problem.positions; ++p) {
+      if (problem.tier[p] >= kNoTier) continue;
+      residual_[p] = std::max(problem.diagonal[p], 0.0f);
+      bound_[p / kPanel] = std::max(bound_[p / kPanel], residual_[p]);
+    }
+  }
+
+  int64_t pivots() const { return pivots_; }
+  float* residual() { return residual_; }
+  // Of pivot t: its entries in the Cholesky rows 0 to t, and 1 / the last of them.
+  float* column(int64_t t) { return columns_ + t * rows_.k; }
+  float& inverse_diagonal(int64_t t) { return inverse_[t]; }
+  // The first t entries of a position's column; its panel is up to date that far.
+  void column(int64_t position, int64_t t, float* out) const { rows_.column(position, t, out); }
+
+  // Adds m pivots, whose columns have been written.
+  void append(const int32_t* positions, int m, Scratch& scratch) {
+    pivot_rows_.append(source_, positions, m, scratch);
+    pivots_ += m;
+  }
+
+  // The members left in `tier`, best first as far as `wanted`, by residuals that are up to date; returns how many.
+  int64_t best_candidates(uint8_t tier, int64_t wanted, Candidate* heap) {
+    for (;;) {
+      const int64_t size = look_for_candidates(tier, wanted, heap);
+      const float worst = size == wanted ? heap[0].residual : -1.0f;
+      int64_t late = 0;
+      for (int64_t s = 0; s < seen_count_; ++s) {
+        if (applied_[seen_[s]] < pivots_ && bound_[seen_[s]] >= worst) seen_[late++] = seen_[s];
+      }
+      if (late == 0) {
+        std::sort_heap(heap, heap + size);
+        return size;
+      }
+      parallel_(late, 4, [&](int64_t begin, int64_t end) {
+        Scratch local;
+        float* entries = local.take<float>(kPanel * kPanel);
+        for (int64_t s = begin; s < end; ++s) bring_up_to_date(seen_[s], entries);
+      });
+    }
+  }
+
+ private:
+  // The same by residuals as they stand, from the panels of largest bound, which it notes as seen.
+  int64_t look_for_candidates(uint8_t tier, int64_t wanted, Candidate* heap) {
+    std::copy_n(bound_, pad_to_panel(count_), unseen_);
+    int64_t size = 0;
+    for (seen_count_ = 0; seen_count_ < count_;) {
+      const int64_t panel = simd().argmax(unseen_, pad_to_panel(count_));
+      if (unseen_[panel] < 0.0f || (size == wanted && unseen_[panel] < heap[0].residual)) break;
+      unseen_[panel] = -2.0f;
+      seen_[seen_count_++] = static_cast<int32_t>(panel);
+      for (int64_t p = panel * kPanel; p < (panel + 1) * kPanel; ++p) {
+        if (residual_[p] < 0.0f || problem_.tier[p] != tier) continue;
+        if (size == wanted && residual_[p] < heap[0].residual) continue;
+        const Candidate candidate{residual_[p], problem_.ids[p], static_cast<int32_t>(p)};
+        if (size < wanted) {
+          heap[size++] = candidate;
+          std::push_heap(heap, heap + size);
+        } else if (candidate < heap[0]) {
+          std::pop_heap(heap, heap + size);
+          heap[size - 1] = candidate;
+          std::push_heap(heap, heap + size);
+        }
+      }
+    }
+    return size;
+  }
+
+  void bring_up_to_date(int64_t p, float* entries) {
+    const float* pointers[kPanel];
+    const float* factor[kPanel];
+    while (applied_[p] < pivots_) {
+      const int64_t done = applied_[p];
+      const int m = static_cast<int>(std::min<int64_t>(kPanel, pivots_ - done));
+      for (int a = 0; a < m; ++a) {
+        pointers[a] = entries + a * kPanel;
+        factor[a] = column(done + a);
+      }
+      pivot_rows_.panel(source_, p, done, m, entries);
+      bound_[p] = simd().extend(pointers, m, factor, inverse_ + done, done, rows_.panel(p), residual_ + p * kPanel);
+      applied_[p] += m;
+    }
+  }
+
+  const Source& source_;
+  const GreedyProblem& problem_;
+  const Parallel& parallel_;
+  int64_t count_;
+  int64_t pivots_ = 0;
+  typename Source::Rows pivot_rows_;
+  CholeskyRows rows_;
+  float* columns_;
+  float* inverse_;
+  float* residual_;
+  float* bound_;  // per panel: no residual in it is larger
+  float* unseen_;
+  int64_t* applied_;  // per panel: the pivots that its rows and residuals know of
+  int32_t* seen_;
+  int64_t seen_count_ = 0;
 };
 
-// Brings rows and residuals of all positions up to date with the pivots; `done` pivots were applied before.
-template <typename Source>
-void apply_pivots(const Source& source, const GreedyProblem& problem, const Pivots& pivots, int64_t done,
-                  CholeskyRows rows, float* residual, const Parallel& parallel) {
-  Scratch scratch;
-  const int m = pivots.count;
-  const int64_t length = done + kPanel;
-  float* columns = scratch.take<float>(m * length);
-  const float* factor[kPanel];
-  for (int a = 0; a < m; ++a) {
-    float* column = columns + a * length;
-    rows.column(pivots.positions[a], done, column);
-    std::copy_n(pivots.factor + a * kPanel, a, column + done);
-    factor[a] = column;
-  }
-  const typename Source::Rows pivot_rows(source, pivots.positions, m, scratch);
-  parallel(problem.positions / kPanel, 4, [&](int64_t begin, int64_t end) {
-    Scratch local;
-    float* entries = local.take<float>(m * kPanel);
-    const float* pointers[kPanel];
-    for (int a = 0; a < m; ++a) pointers[a] = entries + a * kPanel;
-    for (int64_t p = begin; p < end; ++p) {
-      pivot_rows.panel(p, entries);
-      simd().extend(pointers, m, factor, pivots.inverse_diagonal, done, rows.panel(p), residual + p * kPanel);
-    }
-  });
-}
-
-// The kPanel best candidates of a tier with the kernel among them, conditioned on the pivots applied so far.
+// The kPanel best candidates of a tier with the kernel among them, conditioned on the pivots before.
 template <typename Source>
 class Pool {
  public:
-  Pool(const Source& source, const GreedyProblem& problem, const float* residual, uint8_t tier, CholeskyRows rows,
-       int64_t done, Scratch& scratch)
-      : done_(done) {
+  Pool(const Source& source, Panels<Source>& panels, uint8_t tier, Scratch& scratch)
+      : panels_(panels), done_(panels.pivots()) {
     Candidate heap[kPanel + 1];
-    const int64_t found = best_candidates(problem, residual, tier, kPanel + 1, heap);
+    const int64_t found = panels.best_candidates(tier, kPanel + 1, heap);
     size_ = static_cast<int>(std::min<int64_t>(found, kPanel));
     if (found > kPanel) outside_ = heap[kPanel];
     // In index order, so that the first of the largest residuals is the lowest index.
@@ -163,15 +225,15 @@ class Pool {
     }
     if (size_ == 0) return;
     source_pool_.emplace(source, positions_, size_, scratch);
-    earlier_ = scratch.take<float>(kPanel * std::max<int64_t>(done, 1));
-    earlier_panel_ = scratch.take<float>(kPanel * std::max<int64_t>(done, 1));
+    earlier_ = scratch.take<float>(kPanel * std::max<int64_t>(done_, 1));
+    earlier_panel_ = scratch.take<float>(kPanel * std::max<int64_t>(done_, 1));
     kernel_ = scratch.take<float>(kPanel * kPanel);
     local_rows_ = scratch.take<float>(kPanel * kPanel);
     for (int c = 0; c < size_; ++c) {
-      rows.column(positions_[c], done, earlier_ + c * done);
-      earlier_rows_[c] = earlier_ + c * done;
+      earlier_rows_[c] = earlier_ + c * done_;
+      panels.column(positions_[c], done_, earlier_ + c * done_);
     }
-    simd().pack(earlier_rows_, size_, done, earlier_panel_);
+    simd().pack(earlier_rows_, size_, done_, earlier_panel_);
   }
 
   bool empty() const { return size_ == 0; }
@@ -187,21 +249,25 @@ class Pool {
   }
 
   // Makes the member the next pivot and conditions the others on it.
-  void take(int member, Pivots& pivots) {
-    const int m = pivots.count;
+  void take(int member) {
+    const int64_t pivot = done_ + taken_count_;
+    float* column = panels_.column(pivot);
+    std::copy_n(earlier_rows_[member], done_, column);
+    const float* factor = column + done_;
+    for (int b = 0; b < taken_count_; ++b) column[done_ + b] = local_rows_[b * kPanel + member];
     const float diagonal = std::sqrt(residual_[member]);
-    float* factor = pivots.factor + m * kPanel;
-    for (int b = 0; b < m; ++b) factor[b] = local_rows_[b * kPanel + member];
-    factor[m] = diagonal;
-    pivots.inverse_diagonal[m] = 1.0f / diagonal;
-    pivots.positions[m] = positions_[member];
+    panels_.inverse_diagonal(pivot) = 1.0f / diagonal;
+    taken_[taken_count_] = positions_[member];
     residual_[member] = -1.0f;
     if (!known_[member]) compute_rows(member);
     const float* entries = kernel_ + member * kPanel;
-    const float* column = factor;
-    simd().extend(&entries, 1, &column, pivots.inverse_diagonal + m, m, local_rows_, residual_);
-    ++pivots.count;
+    simd().extend(&entries, 1, &factor, &panels_.inverse_diagonal(pivot), taken_count_, local_rows_, residual_);
+    ++taken_count_;
   }
+
+  // The positions of the pivots taken.
+  const int32_t* taken() const { return taken_; }
+  int taken_count() const { return taken_count_; }
 
  private:
   static constexpr int kBatch = 6;  // rows that cost little more than one: a register tile of the matrix product
@@ -230,7 +296,10 @@ class Pool {
     for (int a = 0; a < m; ++a) std::copy_n(entries + a * kPanel, kPanel, kernel_ + members[a] * kPanel);
   }
 
+  Panels<Source>& panels_;
   int64_t done_;
+  int taken_count_ = 0;
+  int32_t taken_[kPanel];
   std::optional<typename Source::Pool> source_pool_;
   int size_ = 0;
   Candidate outside_{-1.0f, std::numeric_limits<int32_t>::max(), -1};
@@ -253,16 +322,9 @@ template <typename Source>
 void greedy_map(const Source& source, const GreedyProblem& problem, int64_t k, int64_t* indices, float* gains,
                 const Parallel& parallel) {
   Scratch scratch;
-  float* residual = scratch.take<float>(problem.positions, -1.0f);
-  for (int64_t p = 0; p < problem.positions; ++p) {
-    if (problem.tier[p] < kNoTier) residual[p] = std::max(problem.diagonal[p], 0.0f);
-  }
-  const detail::CholeskyRows rows{scratch.take<float>(problem.positions * k), k};
-  detail::Pivots pivots;
-  pivots.factor = scratch.take<float>(kPanel * kPanel);
-
+  detail::Panels<Source> panels(source, problem, k, scratch, parallel);
+  float* residual = panels.residual();
   int64_t picked = 0;
-  int64_t applied = 0;  // pivots whose rows stand in `rows`
   float largest = 0.0f;
   for (uint8_t tier = 0; tier < 2 && picked < k; ++tier) {
     for (int64_t p = 0; p < problem.positions; ++p) {
@@ -271,26 +333,28 @@ void greedy_map(const Source& source, const GreedyProblem& problem, int64_t k, i
     const float exhausted_at = kRankTolerance * largest;
     bool exhausted = false;
     while (picked < k && !exhausted) {
-      if (pivots.count > 0) {
-        detail::apply_pivots(source, problem, pivots, applied, rows, residual, parallel);
-        applied += pivots.count;
-        pivots.count = 0;
-      }
-      Scratch pool_scratch;
-      detail::Pool<Source> pool(source, problem, residual, tier, rows, applied, pool_scratch);
-      if (pool.empty()) break;
-      while (picked < k) {
-        const int member = pool.best();
-        if (!pool.leads(member)) break;
-        if (pool.residual(member) <= exhausted_at) {
-          exhausted = true;
-          break;
+      int32_t taken[kPanel];
+      int count = 0;
+      {
+        Scratch pool_scratch;
+        detail::Pool<Source> pool(source, panels, tier, pool_scratch);
+        if (pool.empty()) break;
+        while (picked < k) {
+          const int member = pool.best();
+          if (!pool.leads(member)) break;
+          if (pool.residual(member) <= exhausted_at) {
+            exhausted = true;
+            break;
+          }
+          indices[picked] = pool.id(member);
+          gains[picked++] = pool.residual(member);
+          residual[pool.position(member)] = -1.0f;
+          if (picked < k) pool.take(member);
         }
-        indices[picked] = pool.id(member);
-        gains[picked++] = pool.residual(member);
-        residual[pool.position(member)] = -1.0f;
-        if (picked < k) pool.take(member, pivots);
+        count = pool.taken_count();
+        std::copy_n(pool.taken(), count, taken);
       }
+      panels.append(taken, count, scratch);  // outside the pool's scope: what it takes from `scratch` stays
     }
     if (exhausted) picked = detail::take_by_priority(problem, tier, k, picked, residual, indices, gains);
   }

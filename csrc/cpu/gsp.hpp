@@ -31,11 +31,11 @@ inline float redundancy(int32_t degree, float mean, float density, const GspOpti
 
 }  // namespace detail
 
-// One image, from tokens packed (destinations at least) in the order of split_tokens. Keeps exactly `keep` tokens, which the caller has checked
-// that the rounds can reach. mask and score: one entry per token; score is what a token had when last a source, else 0.
-// `tile` (may be null) is given the products of the first round.
-inline void gsp_packed(const TokenView& tokens, const RowTable& table, const PackedTokens& packed, int64_t keep,
-                       const GspOptions& options, MatchTile* tile, bool* mask, float* score, const Parallel& parallel) {
+// One image whose rows have been scanned. Keeps exactly `keep` tokens, which the caller has checked that the rounds can
+// reach. mask and score: one entry per token; score is what a token had when last a source, else 0. `tile` (may be
+// null) is given the products of the first round.
+inline void gsp_scanned(const TokenView& tokens, const RowTable& table, int64_t keep, const GspOptions& options,
+                        MatchTile* tile, bool* mask, float* score, const Parallel& parallel) {
   Scratch scratch;
   const int64_t n = tokens.count;
   std::fill(mask, mask + n, true);
@@ -48,20 +48,20 @@ inline void gsp_packed(const TokenView& tokens, const RowTable& table, const Pac
   int32_t* ids = scratch.take<int32_t>(room);
   int64_t count = n;
   for (int64_t round = 0; round < options.rounds; ++round) {
+    Scratch of_round;
     Split split = split_of(n);
     if (round == 0) {
       split_tokens(n, ids);
-      match_packed(packed, split, options.threshold, result, tile, nullptr, parallel);
     } else {
-      Scratch again;
       int64_t next = 0;
       for (int64_t i = 0; i < n; ++i) {
         if (mask[i]) survivors[next++] = static_cast<int32_t>(i);
       }
       split = split_by_parity(survivors, count, ids);
-      const PackedTokens left(tokens, table, ids, split.positions(), split.first_source, again, parallel);
-      match_packed(left, split, options.threshold, result, nullptr, tile, parallel);
     }
+    const PackedTokens packed(tokens, table, ids, split.positions(), split.first_source, of_round, parallel);
+    match_packed(packed, split, options.threshold, result, round == 0 ? tile : nullptr, round == 0 ? nullptr : tile,
+                 parallel);
     int64_t sources = 0;
     for (int64_t s = 0; s < split.sources; ++s) {
       const int32_t token = ids[split.first_source + s];
@@ -84,13 +84,9 @@ inline void gsp(const TokenView& tokens, int64_t keep, const GspOptions& options
                 const Parallel& parallel) {
   Scratch scratch;
   const RowTable table = scan_rows(tokens, nullptr, scratch, parallel);
-  const Split split = split_of(tokens.count);
-  int32_t* ids = scratch.take<int32_t>(split.positions());
-  split_tokens(tokens.count, ids);
-  const PackedTokens packed(tokens, table, ids, split.positions(), split.first_source, scratch, parallel);
   std::optional<MatchTile> tile;
   if (options.rounds > 1 && MatchTile::fits(tokens.count)) tile.emplace(tokens.count, scratch);
-  gsp_packed(tokens, table, packed, keep, options, tile ? &*tile : nullptr, mask, score, parallel);
+  gsp_scanned(tokens, table, keep, options, tile ? &*tile : nullptr, mask, score, parallel);
 }
 
 }  // namespace script::cpu

@@ -1,4 +1,5 @@
-// prune: relevance, GSP, QCSP and their intersection on one image. Norms and packing are done once and shared.
+// prune: relevance, GSP, QCSP and their intersection on one image. The rows are scanned once, and the products of the
+// matching are handed on; QCSP packs the tokens anew, in the order that saves it most.
 #pragma once
 
 #include <optional>
@@ -48,18 +49,12 @@ inline void prune(const TokenView& tokens, const std::optional<TokenView>& align
     bad_aligned = in_query_space.bad;
   }
 
-  const int64_t positions = split_of(n).positions();
-  int32_t* ids = scratch.take<int32_t>(positions);
-  split_tokens(n, ids);
-  const PackedTokens packed(tokens, table, ids, positions, positions, scratch, parallel);
-
   bool* survives = scratch.take<bool>(n, true);
   std::optional<MatchTile> tile;
   if (options.gsp_keep < n) {
     if (MatchTile::fits(n)) tile.emplace(n, scratch);
     float* score = scratch.take<float>(n);
-    gsp_packed(tokens, table, packed, options.gsp_keep, options.gsp, tile ? &*tile : nullptr, survives, score,
-               parallel);
+    gsp_scanned(tokens, table, options.gsp_keep, options.gsp, tile ? &*tile : nullptr, survives, score, parallel);
   }
 
   uint8_t* tier = scratch.take<uint8_t>(n);
@@ -69,8 +64,7 @@ inline void prune(const TokenView& tokens, const std::optional<TokenView>& align
   }
   int64_t* ranking = scratch.take<int64_t>(options.ranked);
   float* gains = scratch.take<float>(options.ranked);
-  rank_tokens(packed, table, ids, tile ? &*tile : nullptr, relevance, 1, tier, options.ranked, ranking, gains,
-              parallel);
+  rank_tokens(tokens, table, tile ? &*tile : nullptr, relevance, 1, tier, options.ranked, ranking, gains, parallel);
 
   if (options.restrict) {
     std::copy(ranking, ranking + options.keep, kept);

@@ -3,6 +3,7 @@
 
 #include "bipartite_match.hpp"
 #include "greedy.hpp"
+#include "order.hpp"
 #include "tokens.hpp"
 
 namespace script::cpu {
@@ -12,44 +13,62 @@ namespace script::cpu {
 class TokenSource {
  public:
   // weight[position] = r / |x|, 0 at holes. `tile` may be null.
-  TokenSource(const PackedTokens& tokens, const float* weight, const MatchTile* tile)
-      : tokens_(tokens), weight_(weight), tile_(tile) {}
+  TokenSource(const PackedTokens& tokens, const float* weight, const MatchTile* tile, Scratch& scratch)
+      : tokens_(tokens), weight_(weight), tile_(tile) {
+    if (tile == nullptr) return;
+    offset_ = scratch.take<int32_t>(tokens.positions(), 0);  // a hole has weight 0, whatever it reads
+    for (int64_t p = 0; p < tokens.positions(); ++p) {
+      if (tokens.token(p) != kHole) offset_[p] = tile->offset(tokens.token(p));
+    }
+  }
 
+  // The rows of up to k pivots.
   class Rows {
    public:
-    Rows(const TokenSource& source, const int32_t* pivots, int m, Scratch& scratch)
-        : source_(source), pivots_(pivots), m_(m) {
-      source.tokens_.rows(pivots, m, scratch.take<float>(source.tokens_.row_buffer_size(m)), rows_);
+    Rows(int64_t k, Scratch& scratch) : pivots_(scratch.take<int32_t>(k)), rows_(scratch.take<const float*>(k)) {}
+
+    void append(const TokenSource& source, const int32_t* pivots, int m, Scratch& scratch) {
+      std::copy_n(pivots, m, pivots_ + count_);
+      source.tokens_.rows(pivots, m, scratch.take<float>(source.tokens_.row_buffer_size(m)), rows_ + count_);
+      count_ += m;
     }
 
-    void panel(int64_t p, float* out) const {
-      const PackedTokens& tokens = source_.tokens_;
-      float products[kPanel * kPanel];
+    void panel(const TokenSource& source, int64_t p, int64_t first, int m, float* out) const {
+      const PackedTokens& tokens = source.tokens_;
+      const int32_t* others = tokens.tokens(p * kPanel);
+      const int groups = groups_of(tokens.columns(p));
+      float known[kPanel * kPanel], products[kPanel * kPanel];
       const float* raw[kPanel];  // each pivot's products with the panel
       const float* unknown[kPanel];
       int members[kPanel];
       int count = 0;
-      for (int a = 0; a < m_; ++a) {
-        raw[a] = source_.tile_ == nullptr ? nullptr : source_.tile_->products(pivots_[a], p);
-        if (raw[a] == nullptr) {
+      for (int a = 0; a < m; ++a) {
+        const int32_t pivot = tokens.token(pivots_[first + a]);
+        if (source.tile_ != nullptr && MatchTile::knows(pivot, others[0])) {
+          float* row = known + a * kPanel;
+          const float* products_of = source.tile_->row(pivot);
+          const int32_t* offset = source.offset_ + p * kPanel;
+#pragma GCC unroll 8
+          for (int c = 0; c < kPanel; ++c) row[c] = products_of[offset[c]];
+          raw[a] = row;
+        } else {
           members[count] = a;
-          unknown[count++] = rows_[a];
+          unknown[count++] = rows_[first + a];
         }
       }
-      const int groups = groups_of(tokens.columns(p));
       tokens.multiply(unknown, count, tokens.panel(p), groups, products);
       for (int u = 0; u < count; ++u) raw[members[u]] = products + u * kPanel;
-      const float* weight = source_.weight_ + p * kPanel;
-      for (int a = 0; a < m_; ++a) {
-        simd().scale_products(raw[a], source_.weight_[pivots_[a]], weight, groups * kGroup, out + a * kPanel);
+      const float* weight = source.weight_ + p * kPanel;
+      for (int a = 0; a < m; ++a) {
+        const float own = source.weight_[pivots_[first + a]];
+        simd().scale_products(raw[a], own, weight, groups * kGroup, out + a * kPanel);
       }
     }
 
    private:
-    const TokenSource& source_;
-    const int32_t* pivots_;
-    int m_;
-    const float* rows_[kPanel];
+    int32_t* pivots_;
+    const float** rows_;
+    int64_t count_ = 0;
   };
 
   class Pool {
@@ -82,45 +101,66 @@ class TokenSource {
   const PackedTokens& tokens_;
   const float* weight_;
   const MatchTile* tile_;
+  int32_t* offset_ = nullptr;  // per position
 };
 
 // A relevance whose square is not finite makes its token bad.
 inline bool usable_relevance(float r) { return std::isfinite(r * r); }
 
-// Ranks k tokens of packed tokens. relevance, tier and the result speak of tokens, not positions: tier[token] is 0, 1
-// or kNoTier. `tile` may be null.
-inline void rank_tokens(const PackedTokens& packed, const RowTable& table, const int32_t* ids, const MatchTile* tile,
-                        const float* relevance, int64_t relevance_stride, const uint8_t* tier, int64_t k,
-                        int64_t* indices, float* gains, const Parallel& parallel) {
+// Ranks k tokens. tier[token] is 0, 1 or kNoTier. `tile` (may be null) has products of these tokens.
+inline void rank_tokens(const TokenView& tokens, const RowTable& table, const MatchTile* tile, const float* relevance,
+                        int64_t relevance_stride, const uint8_t* tier, int64_t k, int64_t* indices, float* gains,
+                        const Parallel& parallel) {
   Scratch scratch;
-  const int64_t n = packed.positions();
-  float* weight = scratch.take<float>(n);
-  float* diagonal = scratch.take<float>(n);
-  float* priority = scratch.take<float>(n);
+  const int64_t n = tokens.count;
+  float* usable = scratch.take<float>(n);  // relevance, 0 for a bad token
   uint8_t* tiers = scratch.take<uint8_t>(n);
   float largest = 0.0f;
-  for (int64_t p = 0; p < n; ++p) {
-    const int32_t token = ids[p];
-    tiers[p] = kHoleTier;
-    priority[p] = 0.0f;
-    if (token == kHole) continue;
-    const float r = relevance[token * relevance_stride];
-    const bool bad = tier[token] == kNoTier || table.bad[token] || !usable_relevance(r);
-    tiers[p] = bad ? kNoTier : tier[token];
-    priority[p] = bad ? 0.0f : r;
-    largest = std::max(largest, std::fabs(priority[p]));
+  for (int64_t i = 0; i < n; ++i) {
+    const float r = relevance[i * relevance_stride];
+    const bool bad = tier[i] == kNoTier || table.bad[i] || !usable_relevance(r);
+    tiers[i] = bad ? kNoTier : tier[i];
+    usable[i] = bad ? 0.0f : r;
+    largest = std::max(largest, std::fabs(usable[i]));
   }
   // Far from 1, relevance is rescaled by a power of two (exact), like the rows: its squares then neither vanish nor
   // overflow.
   const float scale = power_of_two_scale(largest);
-  for (int64_t p = 0; p < n; ++p) {
-    const float inverse_norm = packed.inverse_norm(p);
-    const float r = priority[p] * scale;
-    weight[p] = r * inverse_norm;
-    diagonal[p] = inverse_norm == 0.0f ? 0.0f : r * r;
+  float* value = scratch.take<float>(n);  // K_ii
+  float largest_value = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float r = usable[i] * scale;
+    value[i] = table.inverse_norm[i] == 0.0f ? 0.0f : r * r;
+    largest_value = std::max(largest_value, value[i]);
   }
-  greedy_map(TokenSource(packed, weight, tile), GreedyProblem{n, diagonal, ids, priority, tiers}, k, indices, gains,
-             parallel);
+
+  // With a tile, tokens of one parity share panels: what it knows of a panel, it then knows of all of it.
+  const FallingSteps steps{value, largest_value};
+  const int64_t second = tile == nullptr ? pad_to_panel(n) : pad_to_panel(n / 2);
+  const int64_t positions = tile == nullptr ? second : second + pad_to_panel(n - n / 2);
+  int32_t* ids = scratch.take<int32_t>(positions, kHole);
+  if (tile == nullptr) {
+    order_tokens(steps, 0, 1, n, ids);
+  } else {
+    order_tokens(steps, 1, 2, n, ids);
+    order_tokens(steps, 0, 2, n, ids + second);
+  }
+  const PackedTokens packed(tokens, table, ids, positions, positions, scratch, parallel);
+
+  float* weight = scratch.take<float>(positions, 0.0f);
+  float* diagonal = scratch.take<float>(positions, 0.0f);
+  float* priority = scratch.take<float>(positions, 0.0f);
+  uint8_t* position_tier = scratch.take<uint8_t>(positions, kHoleTier);
+  for (int64_t p = 0; p < positions; ++p) {
+    const int32_t token = ids[p];
+    if (token == kHole) continue;
+    weight[p] = usable[token] * scale * table.inverse_norm[token];
+    diagonal[p] = value[token];
+    priority[p] = usable[token];
+    position_tier[p] = tiers[token];
+  }
+  const GreedyProblem problem{positions, diagonal, ids, priority, position_tier};
+  greedy_map(TokenSource(packed, weight, tile, scratch), problem, k, indices, gains, parallel);
   for (int64_t t = 0; t < k && scale != 1.0f; ++t) gains[t] = gains[t] / scale / scale;
 }
 
@@ -129,12 +169,8 @@ inline void qcsp(const TokenView& tokens, const float* relevance, int64_t releva
                  float* gains, const Parallel& parallel) {
   Scratch scratch;
   const RowTable table = scan_rows(tokens, nullptr, scratch, parallel);
-  const int64_t positions = pad_to_panel(tokens.count);
-  int32_t* ids = scratch.take<int32_t>(positions, kHole);
-  for (int64_t i = 0; i < tokens.count; ++i) ids[i] = static_cast<int32_t>(i);
-  const PackedTokens packed(tokens, table, ids, positions, positions, scratch, parallel);
   const uint8_t* tier = scratch.take<uint8_t>(tokens.count, 0);
-  rank_tokens(packed, table, ids, nullptr, relevance, relevance_stride, tier, k, indices, gains, parallel);
+  rank_tokens(tokens, table, nullptr, relevance, relevance_stride, tier, k, indices, gains, parallel);
 }
 
 }  // namespace script::cpu

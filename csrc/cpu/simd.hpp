@@ -1,9 +1,9 @@
 // Run-time dispatch over SIMD levels.
 //
-// The inner loops live in simd_kernels.hpp, which is compiled once per level (baseline, AVX2, AVX-512) with that
-// level's compiler flags; everything else is compiled for the baseline only. Callers take the table of the best level
-// the CPU has from simd(). SCRIPT_KERNELS_SIMD=baseline|avx2|avx512|avx512_bf16 in the environment lowers it (never
-// raises it).
+// The inner loops live in simd_kernels.hpp and what it includes, compiled once per level (baseline, AVX2, AVX-512) with
+// that level's compiler flags; everything else is compiled for the baseline only. Callers take the table of the best
+// level the CPU has from simd(). SCRIPT_KERNELS_SIMD=baseline|avx2|avx512|avx512_bf16 in the environment lowers it
+// (never raises it).
 //
 // Layout shared by all loops: tokens stand in panels of kPanel columns, panel[depth][kPanel], 64-byte aligned and zero
 // padded, so that column j of a panel always takes the same arithmetic whatever its neighbours are. That is what makes
@@ -69,13 +69,14 @@ struct SimdOps {
   // Cholesky rows of `m` new pivots on one panel of columns. entries[a][kPanel]: kernel entries of pivot a (not finite
   // counts as 0); factor[a]: its column of the Cholesky rows, done + a values; rows[done][kPanel]: the rows so far.
   // Writes rows[done + a] = (entries[a] - sum_s factor[a][s] rows[s]) * inverse_diagonal[a], in project's chains, and
-  // takes their squares off `residual`, one after the other, clamped at 0; a column with a negative one (taken) keeps it.
-  // Returns the largest residual of the panel.
+  // takes their squares off `residual`, one after the other, clamped at 0; a column with a negative one (taken) keeps
+  // it. Returns the largest residual of the panel.
   float (*extend)(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
                   int64_t done, float* rows, float* residual);
   // Lowest index of the largest of n > 0 values, none of them NaN; n is a multiple of kGroup.
   int64_t (*argmax)(const float* x, int64_t n);
-  // Takes the largest residual of a panel, of equals the one of lowest id; it then stands at -1. ids are distinct there.
+  // Takes the largest residual of a panel, of equals the one of lowest id; it then stands at -1. ids are distinct
+  // there.
   Taken (*take)(float* residual, const int32_t* ids);
 };
 

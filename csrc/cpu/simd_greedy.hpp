@@ -1,0 +1,130 @@
+// The steps of greedy MAP: see simd_kernels.hpp.
+#pragma once
+
+#include "simd_vectors.hpp"
+
+namespace script::cpu {
+namespace {
+
+// A taken column (negative residual) keeps its mark; rounding below zero, or NaN, counts as explained.
+inline Vec lower_residual(Vec residual, Vec explained) {
+  return residual < Vec{} ? residual : max(residual - explained, Vec{});
+}
+
+inline Vec zero_unless_finite(Vec x) {
+  const Uint exponent = float_to_bits(x) & 0x7f800000u;
+  return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
+}
+
+constexpr int64_t kAhead = 16;
+
+// M new rows on V vectors of columns, from `column` on. The triangle among the new rows is solved in registers.
+template <int M, int V>
+struct ExtendTile {
+  static void run(const float* const* entries, const float* const* factor, const float* inverse_diagonal, int64_t done,
+                  float* rows, float* residual, int column) {
+    Vec sum[M][V];
+    const float* a[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      a[r] = factor[r];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = zero_unless_finite(load<Vec>(entries[r] + column + v * kFloats));
+    }
+    for (int64_t d = 0; d < done; ++d) {
+      Vec b[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        b[v] = load<Vec>(rows + d * kPanel + column + v * kFloats);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        const Vec x = splat(a[r][d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] -= x * b[v];
+      }
+    }
+    Vec left[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) left[v] = load<Vec>(residual + column + v * kFloats);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 8
+      for (int q = 0; q < r; ++q) {
+        const Vec x = splat(a[r][done + q]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] -= x * sum[q][v];
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] *= inverse_diagonal[r];
+        store(rows + (done + r) * kPanel + column + v * kFloats, sum[r][v]);
+        left[v] = lower_residual(left[v], sum[r][v] * sum[r][v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(residual + column + v * kFloats, left[v]);
+  }
+};
+
+float extend(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
+             int64_t done, float* rows, float* residual) {
+  for (int r = 0; r < m; r += kRows) {
+    for (int c = 0; c < kPanelVectors; c += kVectors) {
+      dispatch_tile<ExtendTile>(m - r, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows,
+                                residual, c * kFloats);
+    }
+  }
+  Vec top = load<Vec>(residual);
+#pragma GCC unroll 16
+  for (int v = 1; v < kPanelVectors; ++v) top = max(load<Vec>(residual + v * kFloats), top);
+  return largest_lane(top)[0];
+}
+
+int64_t argmax(const float* x, int64_t n) {
+  Vec top = load<Vec>(x);
+  for (int64_t i = kFloats; i < n; i += kFloats) top = max(load<Vec>(x + i), top);
+  top = largest_lane(top);
+  Int lane;
+  for (int l = 0; l < kFloats; ++l) lane[l] = l;
+  Int first = Int{} + static_cast<int32_t>(n);
+  for (int64_t i = n - kFloats; i >= 0; i -= kFloats) {
+    first = load<Vec>(x + i) == top ? lane + static_cast<int32_t>(i) : first;
+  }
+  return lowest_lane(first)[0];
+}
+
+Taken take(float* residual, const int32_t* ids) {
+  Vec value[kPanelVectors];
+  Vec top = load<Vec>(residual);
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanelVectors; ++v) {
+    value[v] = load<Vec>(residual + v * kFloats);
+    top = max(value[v], top);
+  }
+  top = largest_lane(top);
+  Int lane;
+  for (int l = 0; l < kFloats; ++l) lane[l] = l;
+  Int first = Int{} + INT32_MAX;
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const Int id = load<Int>(ids + v * kFloats);
+    first = (value[v] == top) & (id < first) ? id : first;
+  }
+  first = lowest_lane(first);
+  Vec left = splat(-1.0f);
+  Int column{};
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const Int taken = load<Int>(ids + v * kFloats) == first;
+    column |= taken & (lane + v * kFloats);
+    value[v] = taken ? splat(-1.0f) : value[v];
+    left = max(value[v], left);
+    store(residual + v * kFloats, value[v]);
+  }
+  column = fold_lanes<kFloats / 2>(column, [](Int a, Int b) { return a | b; });
+  return {column[0], largest_lane(left)[0]};
+}
+
+}  // namespace
+}  // namespace script::cpu

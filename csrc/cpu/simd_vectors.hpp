@@ -1,0 +1,86 @@
+// Vectors of the SIMD level at hand, and how a register tile is chosen: see simd_kernels.hpp.
+#pragma once
+
+#if defined(__F16C__) || defined(SCRIPT_SIMD_BF16)
+#include <immintrin.h>
+#endif
+
+#include "simd.hpp"
+
+namespace script::cpu {
+namespace {
+
+constexpr int kFloats = SCRIPT_SIMD_FLOATS;
+constexpr int kRows = SCRIPT_SIMD_ROWS;
+constexpr int kVectors = SCRIPT_SIMD_VECTORS;
+constexpr int kGroupVectors = kGroup / kFloats;
+constexpr int kPanelVectors = kPanel / kFloats;
+// Steps summed in registers before they join the total: short chains round less, and a panel's chunk stays in L1.
+constexpr int64_t kChunk = 128;
+
+typedef float Vec __attribute__((vector_size(kFloats * 4)));
+typedef int32_t Int __attribute__((vector_size(kFloats * 4)));
+typedef uint32_t Uint __attribute__((vector_size(kFloats * 4)));
+
+template <typename V, typename T>
+inline V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename V, typename T>
+inline void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec bits_to_float(Uint x) { return load<Vec>(&x); }
+inline Uint float_to_bits(Vec x) { return load<Uint>(&x); }
+inline float bits_to_float(uint32_t x) {
+  float f;
+  __builtin_memcpy(&f, &x, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+inline float sum_lanes(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kFloats; ++i) total += v[i];
+  return total;
+}
+
+// Folds the lanes of a vector into each other.
+template <int kHalf, typename V, typename Fold>
+inline V fold_lanes(V v, Fold fold) {
+  Int other;
+  for (int l = 0; l < kFloats; ++l) other[l] = l ^ kHalf;
+  v = fold(v, __builtin_shuffle(v, other));
+  if constexpr (kHalf > 1) v = fold_lanes<kHalf / 2>(v, fold);
+  return v;
+}
+
+// In every lane: the largest of all lanes, or the lowest.
+inline Vec largest_lane(Vec v) {
+  return fold_lanes<kFloats / 2>(v, [](Vec a, Vec b) { return max(a, b); });
+}
+inline Int lowest_lane(Int v) {
+  return fold_lanes<kFloats / 2>(v, [](Int a, Int b) { return a < b ? a : b; });
+}
+
+// Calls tile<M, V>() for a run-time number of rows and vectors.
+template <template <int, int> class Tile, int M = kRows, int V = kVectors, typename... Args>
+inline void dispatch_tile(int rows, int vectors, Args... args) {
+  if (rows < M) {
+    if constexpr (M > 1) dispatch_tile<Tile, M - 1, V>(rows, vectors, args...);
+  } else if (vectors < V) {
+    if constexpr (V > 1) dispatch_tile<Tile, M, V - 1>(rows, vectors, args...);
+  } else {
+    Tile<M, V>::run(args...);
+  }
+}
+
+}  // namespace
+}  // namespace script::cpu

@@ -7,6 +7,7 @@
 // bound. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every step.
 //
 // `Source` supplies kernel entries K by position:
+//   row_work(): multiply-adds per entry
 //   Source::Rows(k, scratch) takes pivots with append(source, pivots, m, scratch); then .panel(source, p, first, m,
 //   out): out[a][c] = K(pivot first + a, p * kPanel + c) Source::Pool(source, positions, count, scratch), then
 //   .rows(members, m, out): out[a][c] = K(positions[members[a]], positions[c])
@@ -102,7 +103,7 @@ class Panels {
         bound_(scratch.take<float>(pad_to_panel(count_), -1.0f)),
         unseen_(scratch.take<float>(pad_to_panel(count_))),
         applied_(scratch.take<int64_t>(count_, 0)),
-        seen_(scratch.take<int32_t>(count_)) {
+        late_(scratch.take<int32_t>(count_)) {
     for (int64_t p = 0; p < problem.positions; ++p) {
       if (problem.tier[p] >= kNoTier) continue;
       residual_[p] = std::max(problem.diagonal[p], 0.0f);
@@ -126,35 +127,44 @@ class Panels {
 
   // The members left in `tier`, best first as far as `wanted`, by residuals that are up to date; returns how many.
   int64_t best_candidates(uint8_t tier, int64_t wanted, Candidate* heap) {
+    // What the last of the candidates will have come down to when all is up to date, as far as the last search tells:
+    // so that one round of updates is mostly enough.
+    float expected = fall_;
+    float first_worst = -1.0f;
     for (;;) {
       const int64_t size = look_for_candidates(tier, wanted, heap);
-      const float worst = size == wanted ? heap[0].residual : -1.0f;
-      int64_t late = 0;
-      for (int64_t s = 0; s < seen_count_; ++s) {
-        if (applied_[seen_[s]] < pivots_ && bound_[seen_[s]] >= worst) seen_[late++] = seen_[s];
+      const float worst = size == wanted ? heap[0].residual : 0.0f;
+      if (first_worst < 0.0f) first_worst = worst;
+      int64_t late = 0, due = 0;
+      for (int64_t p = 0; p < count_; ++p) {
+        if (applied_[p] == pivots_ || bound_[p] < worst * expected) continue;
+        due += bound_[p] >= worst;
+        late_[late++] = static_cast<int32_t>(p);
       }
-      if (late == 0) {
+      if (due == 0) {
+        fall_ = first_worst > 0.0f ? worst / first_worst : 1.0f;
         std::sort_heap(heap, heap + size);
         return size;
       }
-      parallel_(late, 4, [&](int64_t begin, int64_t end) {
+      const int64_t lag = pivots_ - applied_[late_[0]];
+      parallel_(late, grain_for(lag * kPanel * (source_.row_work() + pivots_)), [&](int64_t begin, int64_t end) {
         Scratch local;
         float* entries = local.take<float>(kPanel * kPanel);
-        for (int64_t s = begin; s < end; ++s) bring_up_to_date(seen_[s], entries);
+        for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
       });
+      expected = 1.0f;
     }
   }
 
  private:
-  // The same by residuals as they stand, from the panels of largest bound, which it notes as seen.
+  // The same by residuals as they stand, from the panels of largest bound.
   int64_t look_for_candidates(uint8_t tier, int64_t wanted, Candidate* heap) {
     std::copy_n(bound_, pad_to_panel(count_), unseen_);
     int64_t size = 0;
-    for (seen_count_ = 0; seen_count_ < count_;) {
+    for (;;) {
       const int64_t panel = simd().argmax(unseen_, pad_to_panel(count_));
-      if (unseen_[panel] < 0.0f || (size == wanted && unseen_[panel] < heap[0].residual)) break;
+      if (unseen_[panel] < 0.0f || (size == wanted && unseen_[panel] < heap[0].residual)) return size;
       unseen_[panel] = -2.0f;
-      seen_[seen_count_++] = static_cast<int32_t>(panel);
       for (int64_t p = panel * kPanel; p < (panel + 1) * kPanel; ++p) {
         if (residual_[p] < 0.0f || problem_.tier[p] != tier) continue;
         if (size == wanted && residual_[p] < heap[0].residual) continue;
@@ -169,7 +179,6 @@ class Panels {
         }
       }
     }
-    return size;
   }
 
   void bring_up_to_date(int64_t p, float* entries) {
@@ -201,8 +210,8 @@ class Panels {
   float* bound_;  // per panel: no residual in it is larger
   float* unseen_;
   int64_t* applied_;  // per panel: the pivots that its rows and residuals know of
-  int32_t* seen_;
-  int64_t seen_count_ = 0;
+  int32_t* late_;
+  float fall_ = 1.0f;
 };
 
 // The kPanel best candidates of a tier with the kernel among them, conditioned on the pivots before.

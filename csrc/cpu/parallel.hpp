@@ -1,10 +1,18 @@
 // How a core asks for threads without knowing whose they are: torch's pool for the ops, none by default.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
 namespace script::cpu {
+
+// Steps of work that are worth a thread: a few milliseconds. A shared machine may take a core away for that long, and
+// whoever splits waits for the slowest. Images of a batch are shared out before this.
+inline constexpr int64_t kThreadWork = 500'000'000;
+
+// The grain for items of `work` multiply-adds each; moving a value counts as a few of them.
+inline int64_t grain_for(int64_t work) { return std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, work)); }
 
 // Runs body(begin, end) over [0, count) in pieces of at least `grain`, maybe in parallel; nested calls run in line.
 // Bodies write disjoint outputs and their results do not depend on where the pieces end.

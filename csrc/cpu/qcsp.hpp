@@ -22,6 +22,8 @@ class TokenSource {
     }
   }
 
+  int64_t row_work() const { return tokens_.width(); }
+
   // The rows of up to k pivots.
   class Rows {
    public:

@@ -80,7 +80,7 @@ inline RowTable scan_rows(const TokenView& tokens, const float* direction, Scrat
   table.scale = scratch.take<float>(tokens.count);
   table.bad = scratch.take<uint8_t>(tokens.count);
   if (direction != nullptr) table.cosine = scratch.take<float>(tokens.count);
-  parallel(tokens.count, 256, [&](int64_t begin, int64_t end) {
+  parallel(tokens.count, grain_for(4 * tokens.width), [&](int64_t begin, int64_t end) {
     Scratch local;
     float* buffer = local.take<float>(tokens.width);
     float* scaled = local.take<float>(tokens.width);
@@ -116,7 +116,7 @@ class PackedTokens {
     depth_ = bf16_ ? (tokens.width + 1) / 2 : tokens.width;  // in 32-bit words
     zero_row_ = scratch.take<float>(depth_, 0.0f);
     panels_ = scratch.take<float>(packed / kPanel * panel_size());
-    parallel(packed / kPanel, 4, [&](int64_t begin, int64_t end) {
+    parallel(packed / kPanel, grain_for(8 * panel_size()), [&](int64_t begin, int64_t end) {
       Scratch local;
       float* buffer = local.take<float>(row_buffer_size(kPanel));
       for (int64_t p = begin; p < end; ++p) {
@@ -133,6 +133,7 @@ class PackedTokens {
   static bool uses_bf16(DType dtype) { return dtype == DType::kBFloat16 && simd().gemm_bf16 != nullptr; }
 
   int64_t positions() const { return positions_; }
+  int64_t width() const { return tokens_.width; }
   // Columns of a panel that hold a token; they come first.
   int columns(int64_t p) const {
     int count = kPanel;

@@ -2,6 +2,7 @@
 // usual sizes. One arena per thread, used as a stack.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -17,7 +18,7 @@ namespace script::cpu {
 class Arena {
  public:
   static constexpr size_t kAlign = 64;
-  // What a thread keeps between calls; a larger call gives the rest back when it ends.
+  // What a thread keeps between calls, in one block; a larger call gives the rest back when it ends.
   static constexpr size_t kKept = size_t{64} << 20;
 
   static Arena& local() {
@@ -35,11 +36,11 @@ class Arena {
       ++current_;
       used_ = 0;
     }
-    if (current_ == blocks_.size()) {
-      blocks_.push_back(allocate(bytes));
-    }
+    if (current_ == blocks_.size()) blocks_.push_back(allocate(std::max(bytes, blocks_.empty() ? settled_ : 0)));
     void* p = blocks_[current_].data + used_;
     used_ += bytes;
+    live_ += bytes;
+    peak_ = std::max(peak_, live_);
     return p;
   }
 
@@ -64,29 +65,32 @@ class Arena {
     return {static_cast<char*>(data), size};
   }
 
-  void trim() {
-    size_t total = 0;
-    for (const Block& block : blocks_) total += block.size;
-    while (total > kKept) {
-      total -= blocks_.back().size;
-      std::free(blocks_.back().data);
-      blocks_.pop_back();
-    }
+  // Called when nothing is in use. What several blocks were needed for goes into one the next time: nothing is lost at
+  // the ends of blocks, and the memory stays, whatever the order of sizes.
+  void settle() {
+    settled_ = std::min(peak_, kKept);
+    const size_t kept = !blocks_.empty() && blocks_[0].size >= settled_ && blocks_[0].size <= kKept ? 1 : 0;
+    if (blocks_.size() == kept) return;
+    for (size_t b = kept; b < blocks_.size(); ++b) std::free(blocks_[b].data);
+    blocks_.resize(kept);
   }
 
   std::vector<Block> blocks_;
   size_t current_ = 0;  // the block in use, and how much of it
   size_t used_ = 0;
+  size_t live_ = 0, peak_ = 0;  // bytes in use: now, and the most so far
+  size_t settled_ = 0;
 };
 
 // Takes memory from the thread's arena and gives it back, all at once, when it goes out of scope.
 class Scratch {
  public:
-  Scratch() : arena_(Arena::local()), current_(arena_.current_), used_(arena_.used_) {}
+  Scratch() : arena_(Arena::local()), current_(arena_.current_), used_(arena_.used_), live_(arena_.live_) {}
   ~Scratch() {
     arena_.current_ = current_;
     arena_.used_ = used_;
-    if (current_ == 0 && used_ == 0) arena_.trim();
+    arena_.live_ = live_;
+    if (live_ == 0) arena_.settle();
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -105,7 +109,7 @@ class Scratch {
 
  private:
   Arena& arena_;
-  size_t current_, used_;
+  size_t current_, used_, live_;
 };
 
 }  // namespace script::cpu

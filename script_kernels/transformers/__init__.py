@@ -19,11 +19,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .flops import kv_cache_bytes, prefill_flops
-from .models import ADAPTERS, MROPE, PIXELS, Visual, check_model, clock, encode, rebuild, token_id
-from .positions import full_positions, pruned_positions
+from .flops import flops_of_lengths, kv_cache_bytes, prefill_flops
+from .models import (
+    ADAPTERS,
+    MROPE,
+    PIXELS,
+    Visual,
+    check_model,
+    encode,
+    fetch,
+    mark,
+    milliseconds,
+    rebuild,
+    send,
+    text_config,
+    token_id,
+)
+from .positions import pruned_positions
 from .query import text_query
-from .select import Budget, select
+from .select import Budget, choose, kept_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,8 +93,8 @@ class PrunedInputs(UserDict):
         return {k: copy.copy(v) for k, v in value.items()} if key == "mm_encoder_outputs" else value
 
 
-def _check_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """The inputs without None values, and ids and mask on the CPU."""
+def _check_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inputs without None values and with a mask; and the same with all but the pixels on the CPU."""
     given = {key: value for key, value in inputs.items() if value is not None}
     unknown = sorted(set(given) - _KNOWN)
     if unknown:
@@ -88,7 +102,8 @@ def _check_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[di
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ValueError(f"inputs: expected input_ids of shape (B, S), got {getattr(ids, 'shape', None)}")
-    mask = given.setdefault("attention_mask", torch.ones_like(ids))
+    mask = given["attention_mask"] if "attention_mask" in given else torch.ones_like(ids)
+    given["attention_mask"] = mask
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask: expected shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
     name, _, modalities = ADAPTERS[model.config.model_type]
@@ -97,7 +112,7 @@ def _check_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[di
             raise ValueError(f"{pixels}: expected none, as {name} takes no {modality} input, got some")
     if not any(pixels in given for pixels in PIXELS.values()):
         raise ValueError(f"inputs: expected {' or '.join(PIXELS[m] for m in modalities)}, got neither")
-    return given, ids.cpu(), mask.cpu()
+    return given, given | fetch({name: value for name, value in given.items() if name not in PIXELS.values()})
 
 
 def _query(
@@ -125,7 +140,7 @@ def _query(
         vectors = query[prompt % len(query)] if query.ndim == 3 else query.reshape(-1, width)
     else:
         raise TypeError(f"query: expected 'text', 'text_mean', a tensor or None, got {type(query).__name__}")
-    return vectors[None].to(like.device, like.dtype)
+    return send(vectors[None], like.device).to(like.dtype)
 
 
 def _renumber(model: PreTrainedModel, positions: str | None) -> bool:
@@ -133,7 +148,7 @@ def _renumber(model: PreTrainedModel, positions: str | None) -> bool:
     if positions not in (None, "original", "renumber"):
         raise ValueError(f"positions: expected 'original', 'renumber' or None, got {positions!r}")
     renumber = positions == "renumber" or (positions is None and not mrope)
-    attention = str(getattr(model.config.get_text_config(), "_attn_implementation", ""))
+    attention = str(getattr(text_config(model), "_attn_implementation", ""))
     if not renumber and not mrope and "flash" in attention:
         raise ValueError(
             f"positions: expected 'renumber' with {attention}, which reads gaps in 1-D positions as packed sequences, "
@@ -146,7 +161,7 @@ def _pad_id(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
     padding = ids[mask == 0]
     if len(padding):
         return int(padding[0])
-    configs = (getattr(model, "generation_config", None), model.config.get_text_config())
+    configs = (getattr(model, "generation_config", None), text_config(model))
     named = [getattr(c, name, None) for name in ("pad_token_id", "eos_token_id") for c in configs]
     named = [i[0] if isinstance(i, (list, tuple)) else i for i in named]
     placeholders = [token_id(model, modality) for modality in PIXELS]
@@ -154,47 +169,41 @@ def _pad_id(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
     return next(i for i in (*named, *range(3)) if i is not None and i not in placeholders)
 
 
-def _left_pad(rows: list[Tensor], value: int, like: Tensor) -> Tensor:
+def _left_pad(rows: list[Tensor], value: int) -> Tensor:
     length = max(len(row) for row in rows)
-    out = torch.full((len(rows), length), value, dtype=like.dtype)
+    out = rows[0].new_full((len(rows), length), value)
     for i, row in enumerate(rows):
         out[i, length - len(row) :] = row
-    return out.to(like.device)
+    return out
 
 
 def _kept_columns(mask: Tensor, visuals: list[Visual], kept: list[Tensor]) -> list[Tensor]:
-    alive = mask.bool().clone()
+    alive = (mask != 0).unbind()  # a tensor of its own, also for a boolean mask
     for visual, indices in zip(visuals, kept, strict=True):
-        alive[visual.prompt, visual.columns] = False
-        alive[visual.prompt, visual.columns[indices]] = True
+        alive[visual.prompt].index_fill_(0, visual.columns, False)
+        alive[visual.prompt].index_fill_(0, visual.columns[indices], True)
     return [row.nonzero()[:, 0] for row in alive]
 
 
-def _stats(
-    model: PreTrainedModel,
-    mask: Tensor,
-    visuals: list[Visual],
-    kept: list[Tensor],
-    columns: list[Tensor],
-    ms: list[float],
-) -> PruneStats:
+def _counts(
+    model: PreTrainedModel, mask: Tensor, visuals: list[Visual], kept: list[Tensor], columns: list[Tensor]
+) -> dict[str, list[Any]]:
+    """What `PruneStats` tells of each prompt."""
     before = [0] * len(mask)
     after = [0] * len(mask)
     for visual, indices in zip(visuals, kept, strict=True):
         before[visual.prompt] += len(visual.features)
         after[visual.prompt] += len(indices)
     full, short = mask.bool().sum(1).tolist(), [len(c) for c in columns]
-    return PruneStats(
-        visual_before=before,
-        visual_after=after,
-        prompt_before=full,
-        prompt_after=short,
-        flops_before=[prefill_flops(model.config, n) for n in full],
-        flops_after=[prefill_flops(model.config, n) for n in short],
-        vision_ms=ms[0],
-        select_ms=ms[1],
-        prune_ms=ms[2],
-    )
+    flops = flops_of_lengths(text_config(model), full + short)
+    return {
+        "visual_before": before,
+        "visual_after": after,
+        "prompt_before": full,
+        "prompt_after": short,
+        "flops_before": flops[: len(full)],
+        "flops_after": flops[len(full) :],
+    }
 
 
 @torch.no_grad()
@@ -242,45 +251,53 @@ def prune_inputs(
         ValueError: a bad value, or inputs that do not fit each other.
     """
     check_model(model)
+    device = next(model.parameters()).device
+    start = mark(device)
     budget = Budget(keep, keep_ratio, per, min_tokens, newlines, options)
     renumber = _renumber(model, positions)
-    given, ids, mask = _check_inputs(model, inputs)
-    device = next(model.parameters()).device
-    start = clock(device)
-    visuals, outputs, vision_ms = encode(model, given, ids, mask)
+    given, host = _check_inputs(model, inputs)
+    ids, mask = host["input_ids"], host["attention_mask"]
+    visuals, outputs, vision = encode(model, given, ids, mask, host)
 
-    select_start = clock(device)
-    kept: list[Tensor] = [torch.empty(0)] * len(visuals)
-    scores = kept.copy()
-    for prompt in range(len(ids)):
-        mine = [i for i, v in enumerate(visuals) if v.prompt == prompt]
-        if not mine:
-            continue
-        own_query = _query(model, query, tokenizer, prompt, ids, mask, visuals[0].features)
-        chosen = select([visuals[i] for i in mine], own_query, budget)
-        for i, indices, score in zip(mine, *chosen, strict=True):
-            kept[i], scores[i] = indices, score
-    select_ms = clock(device) - select_start
+    select_start = mark(device)
+    prompts = [[v for v in visuals if v.prompt == prompt] for prompt in range(len(ids))]
+    choices = [
+        choose(mine, _query(model, query, tokenizer, prompt, ids, mask, mine[0].features), budget)
+        for prompt, mine in enumerate(prompts)
+        if mine
+    ]
+    found = {
+        id(visual): (indices, score)
+        for choice, rows in zip(choices, kept_rows(choices, newlines), strict=True)
+        for visual, indices, score in zip(choice.visuals, rows, choice.scores, strict=True)
+    }
+    kept, scores = ([found[id(v)][part] for v in visuals] for part in range(2))
+    select_end = mark(device)
 
+    features = rebuild(outputs, visuals, kept)  # first, so that the device gathers while the host goes on
     columns = _kept_columns(mask, visuals, kept)
-    source = given["input_ids"]
-    pruned_mask = _left_pad([torch.ones(len(c)) for c in columns], 0, given["attention_mask"])
-    full = full_positions(model, given, given["attention_mask"])
-    position_ids, deltas = pruned_positions(full, pruned_mask, columns, renumber)
-    short_ids = [row[c] for row, c in zip(ids, columns, strict=True)]
-    data = {
-        "input_ids": _left_pad(short_ids, _pad_id(model, ids, mask), source),
+    pruned_mask = _left_pad([mask.new_ones(len(c)) for c in columns], 0)
+    position_ids, deltas = pruned_positions(model, host, pruned_mask, columns, renumber)
+    ragged = len({len(c) for c in columns}) > 1
+    pad_id = _pad_id(model, ids, mask) if ragged else 0
+    pruned = {
+        "input_ids": _left_pad([row[c] for row, c in zip(ids, columns, strict=True)], pad_id),
         "attention_mask": pruned_mask,
         "position_ids": position_ids,
-        "mm_encoder_outputs": rebuild(outputs, visuals, kept),
     }
     if "labels" in given:
-        labels = given["labels"].cpu()
-        data["labels"] = _left_pad([row[c] for row, c in zip(labels, columns, strict=True)], -100, given["labels"])
+        pruned["labels"] = _left_pad([row[c] for row, c in zip(host["labels"], columns, strict=True)], -100)
+    data = {name: send(value, given.get(name, given["attention_mask"]).device) for name, value in pruned.items()}
     if deltas is not None:
-        model.base_model.rope_deltas = deltas
-    ms = [vision_ms, select_ms, clock(device) - start - vision_ms]
-    return PrunedInputs(data, kept, scores, _stats(model, mask, visuals, kept, columns, ms))
+        model.base_model.rope_deltas = send(deltas, given["input_ids"].device)
+    counts = _counts(model, mask, visuals, kept, columns)
+    # The one wait for a time: whatever was queued above is done then.
+    total_ms = milliseconds(start, mark(device))
+    vision_ms = sum(milliseconds(*run) for run in vision)
+    stats = PruneStats(
+        **counts, vision_ms=vision_ms, select_ms=milliseconds(select_start, select_end), prune_ms=total_ms - vision_ms
+    )
+    return PrunedInputs(data | {"mm_encoder_outputs": features}, kept, scores, stats)
 
 
 def _has_pixels(kwargs: Mapping[str, Any]) -> bool:

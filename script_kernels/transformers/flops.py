@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,15 +22,19 @@ def prefill_flops(config: Any, tokens: int, *, causal: bool = True) -> int | Non
     `causal`, since the upper triangle need not be computed), the gated MLP's three matrices, and the head on the last
     token. Norms, rotary embedding and softmax are left out. None for mixture-of-experts language models.
     """
-    text = config.get_text_config()
+    return flops_of_lengths(config.get_text_config(), [tokens], causal=causal)[0]
+
+
+def flops_of_lengths(text: Any, lengths: Sequence[int], *, causal: bool = True) -> list[int | None]:
+    """`prefill_flops` of prompts of several lengths, from the text config, whose slow attributes are read once."""
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        return None
-    hidden = text.hidden_size
+        return [None] * len(lengths)
+    hidden, layers = text.hidden_size, text.num_hidden_layers
     query, key = _widths(text)
-    linear = 2 * tokens * hidden * (2 * query + 2 * key + 3 * text.intermediate_size)
-    attention = 4 * tokens * tokens * query
-    layer = linear + (attention // 2 if causal else attention)
-    return text.num_hidden_layers * layer + 2 * hidden * text.vocab_size
+    linear = 2 * hidden * (2 * query + 2 * key + 3 * text.intermediate_size)  # per token
+    attention = (2 if causal else 4) * query  # per pair of tokens
+    head = 2 * hidden * text.vocab_size
+    return [layers * (linear * n + attention * n * n) + head for n in lengths]
 
 
 def kv_cache_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:

@@ -6,7 +6,6 @@ as one `Visual` per image or video. Layouts are derived from the model's own pac
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import sys
@@ -14,11 +13,12 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 MROPE = ("qwen2_5_vl", "qwen3_vl")
 Encoder = Callable[[str], Any]  # runs the model's encoder of one modality
+Mark = Any  # a moment: seconds of the host's clock, or on a GPU an event among its queued work
+# Inputs that the models' encoders read number by number: given from the CPU, they make nobody wait for the device.
+_READ_BY_HOST = ("image_sizes", "batch_num_images")
 Encoded = tuple[list["Visual"], dict[str, Any]]  # the visuals, and the encoder's output per modality
 
 
@@ -118,8 +121,10 @@ def _packed_visuals(
     layouts = _layouts.setdefault(model, {})
     grids = tuple(map(tuple, config.image_grid_pinpoints))
     visuals = []
-    for features, tensor, crop in zip(pooled, inputs["image_sizes"], cropped, strict=True):
-        size = [int(side) for side in tensor]
+    sizes = inputs["image_sizes"]
+    sizes = sizes.tolist() if hasattr(sizes, "tolist") else sizes
+    for features, sides, crop in zip(pooled, sizes, cropped, strict=True):
+        size = [int(side) for side in sides]
         key = (*size, crop, grids, *options.values())
         if key not in layouts:
             side = config.vision_config.image_size
@@ -175,13 +180,13 @@ def _internvl(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, ru
     flat = out.pooler_output.reshape(tiles * per_tile, width)
     visuals: list[Visual] = []
     start = 0
-    for row in ids.tolist():
-        for placeholder, group in groupby(row, key=lambda token: token == model.config.image_token_id):
-            length = len(list(group))
-            if placeholder:
-                features = flat[start : start + length]
-                visuals.append(_plain("image", features, torch.arange(len(features)) // per_tile))
-                start += length
+    # A column of zeros on both sides, so that every run of ones has a beginning and an end in its own row.
+    steps = pad((ids == model.config.image_token_id).int(), (1, 1)).diff().flatten()
+    begins, ends = (steps == 1).nonzero()[:, 0], (steps == -1).nonzero()[:, 0]
+    for length in (ends - begins).tolist():
+        features = flat[start : start + length]
+        visuals.append(_plain("image", features, torch.arange(len(features)) // per_tile))
+        start += length
     if start != len(flat):
         raise ValueError(f"input_ids: expected {len(flat)} image placeholders for pixel_values, got {start}")
     return visuals, {"image": out}
@@ -195,9 +200,9 @@ def _qwen(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: E
             continue
         out = run(modality)
         layers = getattr(out, "deepstack_features", None) or []
+        grids = inputs[f"{modality}_grid_thw"].tolist()
         for i, features in enumerate(out.pooler_output):
-            steps = int(inputs[f"{modality}_grid_thw"][i, 0])
-            tile = torch.arange(len(features)) // (len(features) // steps)
+            tile = torch.arange(len(features)) // (len(features) // grids[i][0])
             visuals.append(_plain(modality, features, tile, [layer[i] for layer in layers]))
         outputs[modality] = out
     return visuals, outputs
@@ -214,9 +219,16 @@ ADAPTERS: dict[str, tuple[str, Adapter, tuple[str, ...]]] = {
 }
 
 
-@functools.cache
-def _takes_features(forward: Any) -> bool:
-    return "mm_encoder_outputs" in inspect.signature(forward).parameters
+# By function: a bound method's would be lost with it, and kept, it would hold the model.
+_parameters: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def parameters(function: Any) -> tuple[str, ...]:
+    """The names of a function's or method's parameters; inspecting them takes a hundred times as long as this."""
+    key = getattr(function, "__func__", function)
+    if key not in _parameters:
+        _parameters[key] = tuple(inspect.signature(key).parameters)
+    return _parameters[key]
 
 
 def check_model(model: PreTrainedModel) -> str:
@@ -227,7 +239,7 @@ def check_model(model: PreTrainedModel) -> str:
         raise TypeError(
             f"model: expected one of {supported}, got {type(model).__name__} with model_type {model_type!r}"
         )
-    if not _takes_features(type(model).forward):
+    if "mm_encoder_outputs" not in parameters(type(model).forward):
         import transformers
 
         raise RuntimeError(
@@ -236,43 +248,90 @@ def check_model(model: PreTrainedModel) -> str:
     return model_type
 
 
+def text_config(model: PreTrainedModel) -> Any:
+    """The language model's config, by the name that all supported models give it: `get_text_config` searches for it."""
+    return model.config.text_config
+
+
 def token_id(model: PreTrainedModel, modality: str) -> int | None:
     """The placeholder's id, or None where the model has none for this modality."""
     return getattr(model.config, f"{modality}_token_id", None)
 
 
-def clock(device: torch.device) -> float:
-    """Milliseconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1e3
+# --- between the host and the device
+
+# On a GPU every `.item()`, `.tolist()`, `nonzero()` and blocking copy waits until all queued work is done. A prompt's
+# layout is therefore worked out on the CPU, from one copy of the small inputs, and sent back without waiting.
+
+
+def fetch(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with the tensors on the CPU, in one transfer per device (and one more for floating-point ones)."""
+    fetched = dict(inputs)
+    groups: dict[tuple[torch.device, bool], list[str]] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            groups.setdefault((value.device, value.is_floating_point()), []).append(name)
+    for names in groups.values():
+        packed = torch.cat([inputs[name].flatten() for name in names]).cpu()
+        for name, part in zip(names, packed.split([inputs[name].numel() for name in names]), strict=True):
+            fetched[name] = part.view(inputs[name].shape).to(inputs[name].dtype)
+    return fetched
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, which nobody waits for: the copy is queued ahead of whatever reads it there."""
+    # Towards the CPU the copy must have arrived before it is read, so that one does wait.
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def mark(device: torch.device) -> Mark:
+    """This point of the work queued on the device (CPU: the time now), without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def milliseconds(start: Mark, end: Mark) -> float:
+    """Between two marks of one device; on a GPU, once it has come to the second."""
+    if isinstance(start, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+# --- encoding
 
 
 def encode(
-    model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
-) -> tuple[list[Visual], dict[str, Any], float]:
+    model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor, host: Mapping[str, Any] | None = None
+) -> tuple[list[Visual], dict[str, Any], list[tuple[Mark, Mark]]]:
     """Encodes all images, then all videos, and finds each one's placeholders.
 
-    ids, mask: (B, S) on the CPU. Returns the visuals, the encoder's output per modality and the milliseconds that the
-    model's own encoders took.
+    ids, mask: (B, S) on the CPU. host: the inputs as `fetch` returns them, if they are not on the CPU. Returns the
+    visuals, the encoder's output per modality and the marks before and after each run of the model's own encoders.
     """
     _, adapter, _ = ADAPTERS[check_model(model)]
     device = next(model.parameters()).device
-    spent = 0.0
+    host = inputs if host is None else host
+    runs: list[tuple[Mark, Mark]] = []
 
     def run(modality: str) -> Any:
-        nonlocal spent
         encoder = getattr(model.base_model, f"get_{modality}_features")
-        names = inspect.signature(encoder).parameters  # what `generate` passes on as well
-        start = clock(device)
-        out = encoder(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
-        spent += clock(device) - start
+        names = parameters(encoder)  # what `generate` passes on as well
+        passed = {name: (host if name in _READ_BY_HOST else inputs)[name] for name in names if name in inputs}
+        start = mark(device)
+        out = encoder(**passed, return_dict=True)
+        runs.append((start, mark(device)))
         return out
 
-    visuals, outputs = adapter(model, inputs, ids.masked_fill(mask == 0, -1), run)
+    unpadded = ids.masked_fill(mask == 0, -1)
+    visuals, outputs = adapter(model, host, unpadded, run)
     for modality in outputs:
-        _place([v for v in visuals if v.modality == modality], (ids == token_id(model, modality)) & mask.bool())
-    return visuals, outputs, spent
+        placeholder = getattr(model.config, f"{modality}_token_id")
+        _place([v for v in visuals if v.modality == modality], unpadded == placeholder)
+    return visuals, outputs, runs
 
 
 def _place(visuals: list[Visual], placeholders: Tensor) -> None:
@@ -284,9 +343,9 @@ def _place(visuals: list[Visual], placeholders: Tensor) -> None:
             f"got {len(prompt)}"
         )
     for visual, (start, end) in zip(visuals, pairwise(ends), strict=True):
-        if prompt[start] != prompt[end - 1]:
-            raise ValueError(f"input_ids: expected each {visual.modality} inside one prompt, got one split over two")
         visual.prompt = int(prompt[start])
+        if visual.prompt != int(prompt[end - 1]):
+            raise ValueError(f"input_ids: expected each {visual.modality} inside one prompt, got one split over two")
         visual.columns = column[start:end]
 
 
@@ -294,14 +353,14 @@ def rebuild(outputs: dict[str, Any], visuals: list[Visual], kept: list[Tensor]) 
     """`mm_encoder_outputs` with the kept rows only, in the container each model's forward expects."""
     pruned = {}
     for modality, output in outputs.items():
-        mine = [(v, k.to(v.features.device)) for v, k in zip(visuals, kept, strict=True) if v.modality == modality]
-        pooled: Any = [v.features[k] for v, k in mine]
+        mine = [(v, send(k, v.features.device)) for v, k in zip(visuals, kept, strict=True) if v.modality == modality]
+        pooled: Any = [v.features.index_select(0, k) for v, k in mine]
         if isinstance(output.pooler_output, Tensor):
             pooled = _stack(pooled)
         fields = {"pooler_output": pooled}
         if getattr(output, "deepstack_features", None) is not None:
             layers = range(len(output.deepstack_features))
-            fields["deepstack_features"] = [[v.planes[layer][k] for v, k in mine] for layer in layers]
+            fields["deepstack_features"] = [[v.planes[layer].index_select(0, k) for v, k in mine] for layer in layers]
         pruned[modality] = type(output)(**fields)
     return pruned
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .models import MROPE, token_id
+from .models import MROPE, parameters, token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def full_positions(model: PreTrainedModel, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+def full_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Positions that the unpruned prompt would get: (1, B, S) or, for mRoPE, (3, B, S); 0 on padding."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     if model.config.model_type not in MROPE:
         return _text_positions(mask)[None]
-    ids = inputs["input_ids"]
     types = inputs.get("mm_token_type_ids")
     if types is None:  # the processor's rule: 1 on image placeholders, 2 on video placeholders
         types = (ids == token_id(model, "image")).int() + 2 * (ids == token_id(model, "video")).int()
     rope_index = model.base_model.get_rope_index
-    names = inspect.signature(rope_index).parameters
+    names = parameters(rope_index)
     known = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": mask}
     extra = {name: inputs[name] for name in names if name in inputs and name not in known}
     return rope_index(**known, **extra)[0]
@@ -34,24 +33,27 @@ def _text_positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
-def pruned_positions(full: Tensor, mask: Tensor, columns: list[Tensor], renumber: bool) -> tuple[Tensor, Tensor | None]:
-    """Gathers `full` (1 or 3, B, S) at each prompt's kept columns, right-aligned under `mask` (B, S').
+def pruned_positions(
+    model: PreTrainedModel, inputs: Mapping[str, Any], mask: Tensor, columns: list[Tensor], renumber: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Consecutive positions, or the full prompt's at each one's kept columns, right-aligned under `mask` (B, S').
 
-    Returns position_ids, (B, S') or (4, B, S') with contiguous text positions in row 0 (gaps there would be read as
-    packed sequences), and for mRoPE the `rope_deltas` (B, 1) from which decoding goes on.
+    All on the CPU. Returns position_ids, (B, S') or (4, B, S') with contiguous text positions in row 0 (gaps there
+    would be read as packed sequences), and for mRoPE the `rope_deltas` (B, 1) from which decoding goes on.
     """
     text = _text_positions(mask)
-    rows = full.shape[0]
     if renumber:
-        if rows == 1:
+        if model.config.model_type not in MROPE:
             return text, None
-        return text.expand(1 + rows, *text.shape).contiguous(), torch.zeros_like(text[:, :1])
-    gathered = torch.zeros(rows, *text.shape, dtype=text.dtype, device=text.device)
+        return text.expand(4, *text.shape).contiguous(), torch.zeros_like(text[:, :1])
+    full = full_positions(model, inputs)
+    rows = full.shape[0]
+    gathered = torch.zeros(rows, *text.shape, dtype=text.dtype)
     for prompt, kept in enumerate(columns):
         gathered[:, prompt, text.shape[1] - len(kept) :] = full[:, prompt, kept]
     if rows == 1:
         return gathered[0], None
-    lengths = torch.tensor([[len(kept)] for kept in columns], device=text.device)
+    lengths = torch.tensor([[len(kept)] for kept in columns])
     # Padding is 0 in `full`, so the maximum is over the prompt's own tokens.
     deltas = full.amax(dim=(0, 2))[:, None] + 1 - lengths
     return torch.cat([text[None], gathered]), deltas

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .models import send, text_config
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,15 +21,19 @@ def _flat(value: Any) -> set[int]:
     return {i for i in value if isinstance(i, int)} if isinstance(value, (list, tuple)) else set()
 
 
-def _named_ids(model: PreTrainedModel, suffixes: tuple[str, ...]) -> set[int]:
-    """Ids that the model's configs name, such as eos_token_id or vision_start_token_id."""
-    configs = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
-    ids: set[int] = set()
+def _named_ids(model: PreTrainedModel) -> tuple[set[int], set[int]]:
+    """All ids that the model's configs name, such as vision_start_token_id, and of these the eos_token_id ones."""
+    configs = [model.config, text_config(model), getattr(model, "generation_config", None)]
+    named: set[int] = set()
+    ends: set[int] = set()
     for config in configs:
         for name, value in vars(config).items() if config is not None else ():
-            if name.endswith(suffixes):
-                ids |= _flat(value)
-    return ids
+            if name.endswith(("_token_id", "_token_index")):
+                ids = _flat(value)
+                named |= ids
+                if name.endswith("eos_token_id"):
+                    ends |= ids
+    return named, ends
 
 
 def _common_suffix(ids: list[int], tail: list[int]) -> int:
@@ -67,8 +73,8 @@ def user_columns(ids: list[int], visual: set[int], model: PreTrainedModel, token
     With a tokenizer or processor: its chat template's generation prompt and role header are cut off, its special and
     added tokens and blanks are left out, and the last turn is taken wherever the image stands.
     """
-    special = visual | _named_ids(model, ("_token_id", "_token_index"))
-    ends = _named_ids(model, ("eos_token_id",))
+    named, ends = _named_ids(model)
+    special = visual | named
     if tokenizer is not None:
         words = getattr(tokenizer, "tokenizer", tokenizer)
         special |= set(words.all_special_ids) | set(words.get_added_vocab().values())
@@ -91,11 +97,24 @@ def user_columns(ids: list[int], visual: set[int], model: PreTrainedModel, token
     return [i for i in range(start, first) if ids[i] not in special]
 
 
+def _collapse(ids: Tensor, visual: set[int]) -> list[int]:
+    """The ids, with one placeholder for each run of the same: that it stands there matters, its length does not."""
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    for token in visual:
+        placeholder = ids == token
+        kept[1:] &= ~(placeholder[1:] & placeholder[:-1])
+    return ids[kept].tolist()
+
+
 def text_query(model: PreTrainedModel, ids: Tensor, visual: set[int], *, mean: bool, tokenizer: Any) -> Tensor:
-    """(Q, D) input embeddings of the user's words in one prompt, or their mean (1, D). ids: (S,), no padding."""
-    columns = user_columns(ids.tolist(), visual, model, tokenizer)
+    """(Q, D) input embeddings of the user's words in one prompt, or their mean (1, D).
+
+    ids: (S,) without padding, on the CPU.
+    """
+    short = _collapse(ids, visual)
+    columns = user_columns(short, visual, model, tokenizer)
     if not columns:
         raise ValueError("query: expected text of the user in every prompt, got none; pass query=None or a tensor")
     embeddings = model.get_input_embeddings()
-    words = embeddings(ids[torch.tensor(columns)].to(embeddings.weight.device))
+    words = embeddings(send(torch.tensor([short[i] for i in columns]), embeddings.weight.device))
     return words.mean(0, keepdim=True) if mean else words

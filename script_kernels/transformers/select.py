@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from script_kernels import prune, prune_varlen, query_relevance
 
-from .models import Visual
+from .models import Visual, send
 
 OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds")
 UNITS = ("image", "tile", "request")
@@ -58,22 +59,38 @@ class Budget:
         return min(length, max(asked, self.min_tokens))
 
 
+@dataclass
+class Choice:
+    """What stays of one prompt's visuals, as soon as the device has worked it out.
+
+    rows: rows of the concatenated features that competed, on the CPU. chosen: places in rows that won, on the features'
+    device. scores: per visual, (L,) fp32, NaN on newline rows, likewise.
+    """
+
+    visuals: list[Visual]
+    rows: Tensor
+    chosen: Tensor
+    scores: list[Tensor]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def _units(visuals: list[Visual], per: str) -> tuple[Tensor, list[int]]:
     """Rows of the concatenated features that compete, ordered by unit, and the length of each unit."""
+    # Newline rows are one learned vector, not image content: they never compete.
+    rows = (~_joined([v.newline for v in visuals])).nonzero()[:, 0]
+    if per == "request" or (per == "image" and len(visuals) == 1):
+        return rows, [len(rows)]
     unit, offset = [], 0
     for visual in visuals:
-        own = {"image": torch.zeros_like(visual.tile), "tile": visual.tile, "request": None}[per]
-        if own is None:
-            own = torch.zeros_like(visual.tile)
-        else:
-            own = own + offset
-            offset = int(own.max()) + 1
-        # Newline rows are one learned vector, not image content: they never compete.
-        unit.append(own.masked_fill(visual.newline, -1))
-    label = torch.cat(unit)
-    rows = (label >= 0).nonzero()[:, 0]
-    rows = rows[label[rows].argsort(stable=True)]
-    return rows, label[rows].unique_consecutive(return_counts=True)[1].tolist()
+        own = visual.tile + offset if per == "tile" else torch.full_like(visual.tile, offset)
+        offset = int(own.max()) + 1
+        unit.append(own)
+    # Sorted, as a line of patches runs through several tiles.
+    label, order = torch.cat(unit)[rows].sort(stable=True)
+    return rows[order], label.unique_consecutive(return_counts=True)[1].tolist()
 
 
 def _prune_units(
@@ -82,25 +99,26 @@ def _prune_units(
     """Kept rows of packed units (sum(lengths), D), ascending within each; query (1, Q, D) is shared."""
     if all(k == n for k, n in zip(keeps, lengths, strict=True)):
         return torch.arange(len(tokens), device=tokens.device)
-    starts = torch.tensor([0, *lengths], device=tokens.device).cumsum(0)
     if len(set(lengths)) == 1 and len(set(keeps)) == 1:
         kept = prune(tokens.view(len(lengths), lengths[0], -1), query, keeps[0], **options)
-        return (kept + starts[:-1, None]).flatten()
+        if len(lengths) > 1:
+            kept = kept + torch.arange(0, len(tokens), lengths[0], device=tokens.device)[:, None]
+        return kept.flatten()
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     queries = None if query is None else query.expand(len(lengths), -1, -1)
-    return prune_varlen(tokens, starts.int(), queries, keeps, **options)
+    return prune_varlen(tokens, send(ends, tokens.device), queries, keeps, **options)
 
 
 def _relevance(tokens: Tensor, lengths: list[int], query: Tensor | None, options: Mapping[str, Any]) -> Tensor:
     if query is None:
         return torch.ones(len(tokens), dtype=torch.float32, device=tokens.device)
     negate = options.get("negate", False)
-    return torch.cat([query_relevance(part[None], query, negate=negate)[0] for part in tokens.split(lengths)])
+    return _joined([query_relevance(part[None], query, negate=negate)[0] for part in tokens.split(lengths)])
 
 
 def _newlines(visual: Visual, kept: Tensor, rule: str) -> Tensor:
     """kept (L,) bool without newlines -> with those that stay."""
-    content = ~visual.newline
-    if bool(kept[content].all()):
+    if bool((kept | visual.newline).all()):
         return torch.ones_like(kept)
     if rule == "drop":
         return kept
@@ -109,19 +127,32 @@ def _newlines(visual: Visual, kept: Tensor, rule: str) -> Tensor:
     return kept | (visual.newline & alive[visual.line])
 
 
-def select(visuals: list[Visual], query: Tensor | None, budget: Budget) -> tuple[list[Tensor], list[Tensor]]:
-    """Kept rows (ascending int64, CPU) and scores ((L,) fp32, NaN on newline rows) of one prompt's visuals."""
+def choose(visuals: list[Visual], query: Tensor | None, budget: Budget) -> Choice:
+    """Has the device choose among one prompt's visuals; does not wait for it."""
     rows, lengths = _units(visuals, budget.per)
-    features = torch.cat([v.features for v in visuals]) if len(visuals) > 1 else visuals[0].features
-    place = rows.to(features.device)
-    whole = len(rows) == len(features) and bool((rows[1:] > rows[:-1]).all())
-    tokens = features if whole else features[place]
+    features = _joined([v.features for v in visuals])
+    tokens, place = features, None
+    if len(rows) < len(features) or budget.per == "tile":
+        place = send(rows, features.device)
+        tokens = features.index_select(0, place)
     keeps = [budget.tokens(n) for n in lengths]
-    chosen = _prune_units(tokens, lengths, keeps, query, budget.options).cpu()
-    score = torch.full((len(features),), float("nan"), device=features.device)
-    score[place] = _relevance(tokens, lengths, query, budget.options)
-    kept = torch.zeros(len(features), dtype=torch.bool)
-    kept[rows[chosen]] = True
-    sizes = [len(v.features) for v in visuals]
-    masks = [_newlines(v, k, budget.newlines) for v, k in zip(visuals, kept.split(sizes), strict=True)]
-    return [m.nonzero()[:, 0] for m in masks], list(score.split(sizes))
+    score = _relevance(tokens, lengths, query, budget.options)
+    if place is not None:
+        score = torch.full((len(features),), float("nan"), device=features.device).index_copy_(0, place, score)
+    chosen = _prune_units(tokens, lengths, keeps, query, budget.options)
+    return Choice(visuals, rows, chosen, list(score.split([len(v.features) for v in visuals])))
+
+
+def kept_rows(choices: list[Choice], newlines: str) -> list[list[Tensor]]:
+    """Per choice and visual, the rows that stay: ascending int64, on the CPU."""
+    if not choices:
+        return []
+    # The one wait for what the device has chosen, for all prompts at once.
+    chosen = _joined([c.chosen for c in choices]).cpu().split([len(c.chosen) for c in choices])
+    kept_rows = []
+    for choice, own in zip(choices, chosen, strict=True):
+        sizes = [len(v.features) for v in choice.visuals]
+        kept = torch.zeros(sum(sizes), dtype=torch.bool).index_fill_(0, choice.rows[own], True)
+        masks = [_newlines(v, k, newlines) for v, k in zip(choice.visuals, kept.split(sizes), strict=True)]
+        kept_rows.append([m.nonzero()[:, 0] for m in masks])
+    return kept_rows

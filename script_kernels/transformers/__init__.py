@@ -58,7 +58,8 @@ class PruneStats:
 
     visual_*: visual tokens. prompt_*: all tokens without padding. flops_*: the language model's prefill, counted from
     the config (None for mixture-of-experts models). vision_ms: the model's own encoder and projector. select_ms: query,
-    scores and selection. prune_ms: all that pruning adds: select_ms, layout, gather, positions.
+    scores and selection. prune_ms: all that pruning adds: checks, layout, select_ms, gather, positions. On a GPU its
+    own clock counts: what the host does while the GPU is still encoding costs nothing.
     """
 
     visual_before: list[int]

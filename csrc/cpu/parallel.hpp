@@ -5,14 +5,14 @@
 #include <cstdint>
 #include <functional>
 
+#include "simd.hpp"
+
 namespace script::cpu {
 
-// Steps of work that are worth a thread: a few milliseconds. A shared machine may take a core away for that long, and
-// whoever splits waits for the slowest. Images of a batch are shared out before this.
-inline constexpr int64_t kThreadWork = 500'000'000;
-
-// The grain for items of `work` multiply-adds each; moving a value counts as a few of them.
-inline int64_t grain_for(int64_t work) { return std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, work)); }
+// The grain for items of `work` multiply-adds each (moving a value counts as a few): a thread gets milliseconds of work
+// or none. A shared machine may take a core away for that long, and whoever splits waits for the slowest. Images of a
+// batch are shared out before this.
+inline int64_t grain_for(int64_t work) { return std::max<int64_t>(1, simd().thread_work / std::max<int64_t>(1, work)); }
 
 // Runs body(begin, end) over [0, count) in pieces of at least `grain`, maybe in parallel; nested calls run in line.
 // Bodies write disjoint outputs and their results do not depend on where the pieces end.

@@ -109,6 +109,7 @@ void match(const float* raw, float source_scale, const float* scale, int columns
 constexpr SimdOps make_ops(const char* name) {
   SimdOps ops{};
   ops.name = name;
+  ops.thread_work = int64_t{25'000'000} * kFloats;
   ops.widen_bf16 = widen_bf16;
   ops.widen_f16 = widen_f16;
   ops.row_stats = row_stats;

@@ -14,14 +14,6 @@ struct KernelView {
 
   float diagonal(int64_t i) const { return data[i * (row_stride + column_stride)]; }
 
-  // Asks for the whole row: the panels will want it soon, one short piece after the other, which no hardware prefetcher
-  // foresees.
-  void prefetch_row(int64_t i) const {
-    if (column_stride != 1) return;
-    constexpr int64_t line = 64 / sizeof(float);
-    for (int64_t c = 0; c < count; c += line) __builtin_prefetch(data + i * row_stride + c, 0, 2);
-  }
-
   // Row i at the tokens of a panel, zero at holes: in place where they stand side by side, else in `buffer`.
   const float* row(int64_t i, const int32_t* tokens, bool in_order, float* buffer) const {
     const float* x = data + i * row_stride;
@@ -95,7 +87,7 @@ inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float
   const GreedyProblem problem{positions, diagonal, ids, diagonal, tier};
 
   const SimdOps& ops = simd();
-  const int64_t slots = pad_to_panel(panels);
+  const int64_t slots = ceil_div(panels, kGroup) * kGroup;
   float* bound = scratch.take<float>(slots, -1.0f);
   for (int64_t p = 0; p < panels; ++p) bound[p] = residual[p * kPanel + ops.argmax(residual + p * kPanel, kPanel)];
   int64_t* applied = scratch.take<int64_t>(panels, 0);
@@ -140,7 +132,6 @@ inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float
       }
       const Taken taken = ops.take(residual + p * kPanel, ids + p * kPanel);
       const int64_t best = p * kPanel + taken.column;
-      kernel.prefetch_row(ids[best]);
       rows.column(best, picked, columns + picked * k);
       inverse[picked] = 1.0f / std::sqrt(top);
       indices[picked] = ids[best];

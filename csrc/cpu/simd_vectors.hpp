@@ -54,7 +54,7 @@ inline float sum_lanes(Vec v) {
 
 // Folds the lanes of a vector into each other.
 template <int kHalf, typename V, typename Fold>
-inline V fold_lanes(V v, Fold fold) {
+[[gnu::always_inline]] inline V fold_lanes(V v, Fold fold) {
   Int other;
   for (int l = 0; l < kFloats; ++l) other[l] = l ^ kHalf;
   v = fold(v, __builtin_shuffle(v, other));

@@ -143,73 +143,73 @@ inline void match_packed(const PackedTokens& packed, const Split& split, float t
   Scratch scratch;
   float* scale = scratch.take<float>(split.first_source);
   for (int64_t j = 0; j < split.first_source; ++j) scale[j] = packed.inverse_norm(j);
-  parallel(ceil_div(sources, kBlock), grain_for(kBlock * split.destinations * packed.width()),
-           [&](int64_t begin, int64_t end) {
-             Scratch local;
-             float* buffer = local.take<float>(packed.row_buffer_size(kBlock));
-             float* own = local.take<float>(kBlock * kPanel);
-             MatchLanes* lanes = local.take<MatchLanes>(kBlock);
-             for (int64_t block = begin; block < end; ++block) {
-               const int64_t first = block * kBlock;
-               const int m = static_cast<int>(std::min(kBlock, sources - first));
-               int32_t positions[kBlock];
-               const float* rows[kBlock];
-               for (int s = 0; s < m; ++s) {
-                 positions[s] = static_cast<int32_t>(split.first_source + first + s);
-                 detail::reset(lanes[s]);
-               }
-               packed.rows(positions, m, buffer, rows);
-               for (int64_t p = 0; p * kPanel < split.first_source; ++p) {
-                 const int columns = packed.columns(p);
-                 float* products = fill == nullptr ? own : fill->entry(first, p);
-                 if (known == nullptr) {
-                   packed.multiply(rows, m, packed.panel(p), groups_of(columns), products);
-                 } else {
-                   const int32_t* others = packed.tokens(p * kPanel);
-                   for (int s = 0; s < m; ++s) {
-                     const int32_t token = packed.token(positions[s]);
-                     if (token == kHole) continue;
-                     int run = 0;  // sources in a row that share the panel's parity: their products are not known
-                     while (s + run < m && packed.token(positions[s + run]) != kHole &&
-                            packed.token(positions[s + run]) % 2 == others[0] % 2) {
-                       ++run;
-                     }
-                     if (run > 0) {
-                       packed.multiply(rows + s, run, packed.panel(p), groups_of(columns), products + s * kPanel);
-                       s += run - 1;
-                     } else {
-                       const float* row = known->row(token);
-                       for (int c = 0; c < columns; ++c) products[s * kPanel + c] = row[known->offset(others[c])];
-                     }
-                   }
-                 }
-                 for (int s = 0; s < m; ++s) {
-                   simd().match(products + s * kPanel, packed.inverse_norm(positions[s]), scale + p * kPanel, columns,
-                                static_cast<int32_t>(p * kPanel), threshold, lanes + s);
-                 }
-               }
-               for (int s = 0; s < m; ++s) {
-                 float best = lanes[s].best[0], above_sum = 0.0f, sum = 0.0f;
-                 int32_t column = lanes[s].best_column[0], above = 0;
-                 for (int l = 0; l < kGroup; ++l) {
-                   const int32_t c = lanes[s].best_column[l];
-                   if (c >= 0 && (lanes[s].best[l] > best || (lanes[s].best[l] == best && c < column))) {
-                     best = lanes[s].best[l];
-                     column = c;
-                   }
-                   above += lanes[s].above[l];
-                   above_sum += lanes[s].above_sum[l];
-                   sum += lanes[s].sum[l];
-                 }
-                 const int64_t out = first + s;
-                 result.best[out] = best;
-                 result.match[out] = packed.token(column);
-                 result.degree[out] = above;
-                 result.mean[out] = above > 0 ? above_sum / static_cast<float>(above) : 0.0f;
-                 result.density[out] = sum / static_cast<float>(split.destinations);
-               }
-             }
-           });
+  const int64_t grain = grain_for(kBlock * split.destinations * packed.width());
+  parallel(ceil_div(sources, kBlock), grain, [&](int64_t begin, int64_t end) {
+    Scratch local;
+    float* buffer = local.take<float>(packed.row_buffer_size(kBlock));
+    float* own = local.take<float>(kBlock * kPanel);
+    MatchLanes* lanes = local.take<MatchLanes>(kBlock);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlock;
+      const int m = static_cast<int>(std::min(kBlock, sources - first));
+      int32_t positions[kBlock];
+      const float* rows[kBlock];
+      for (int s = 0; s < m; ++s) {
+        positions[s] = static_cast<int32_t>(split.first_source + first + s);
+        detail::reset(lanes[s]);
+      }
+      packed.rows(positions, m, buffer, rows);
+      for (int64_t p = 0; p * kPanel < split.first_source; ++p) {
+        const int columns = packed.columns(p);
+        float* products = fill == nullptr ? own : fill->entry(first, p);
+        if (known == nullptr) {
+          packed.multiply(rows, m, packed.panel(p), groups_of(columns), products);
+        } else {
+          const int32_t* others = packed.tokens(p * kPanel);
+          for (int s = 0; s < m; ++s) {
+            const int32_t token = packed.token(positions[s]);
+            if (token == kHole) continue;
+            int run = 0;  // sources in a row that share the panel's parity: their products are not known
+            while (s + run < m && packed.token(positions[s + run]) != kHole &&
+                   packed.token(positions[s + run]) % 2 == others[0] % 2) {
+              ++run;
+            }
+            if (run > 0) {
+              packed.multiply(rows + s, run, packed.panel(p), groups_of(columns), products + s * kPanel);
+              s += run - 1;
+            } else {
+              const float* row = known->row(token);
+              for (int c = 0; c < columns; ++c) products[s * kPanel + c] = row[known->offset(others[c])];
+            }
+          }
+        }
+        for (int s = 0; s < m; ++s) {
+          simd().match(products + s * kPanel, packed.inverse_norm(positions[s]), scale + p * kPanel, columns,
+                       static_cast<int32_t>(p * kPanel), threshold, lanes + s);
+        }
+      }
+      for (int s = 0; s < m; ++s) {
+        float best = lanes[s].best[0], above_sum = 0.0f, sum = 0.0f;
+        int32_t column = lanes[s].best_column[0], above = 0;
+        for (int l = 0; l < kGroup; ++l) {
+          const int32_t c = lanes[s].best_column[l];
+          if (c >= 0 && (lanes[s].best[l] > best || (lanes[s].best[l] == best && c < column))) {
+            best = lanes[s].best[l];
+            column = c;
+          }
+          above += lanes[s].above[l];
+          above_sum += lanes[s].above_sum[l];
+          sum += lanes[s].sum[l];
+        }
+        const int64_t out = first + s;
+        result.best[out] = best;
+        result.match[out] = packed.token(column);
+        result.degree[out] = above;
+        result.mean[out] = above > 0 ? above_sum / static_cast<float>(above) : 0.0f;
+        result.density[out] = sum / static_cast<float>(split.destinations);
+      }
+    }
+  });
   if (fill != nullptr) fill->transpose(parallel);
 }
 

@@ -56,9 +56,10 @@ inline int64_t first_of_equals(const float* bound, const int64_t* applied, int64
 
 // One image, panel by panel: a panel's best residual is an upper bound for as long as later pivots have not been
 // applied to it. The panel of largest bound is brought up to date, with all pivots it lacks at once, until it is one
-// that lacks none: its best token is then the best of all. Rows of a ready kernel cost nothing, so no more is asked of
-// a panel than that; greedy_map is for rows that cost a matrix product. Past the rank picks go by K_ii, which stands in
-// for the relevance that a bare kernel does not tell.
+// that lacks none: its best token is then the best of all. Where there is much to do, tokens stand by falling K_ii, so
+// that panels without a candidate wait. Rows of a ready kernel cost nothing, so no more is asked of a panel than that;
+// greedy_map is for rows that cost a matrix product. Past the rank picks go by K_ii, which stands in for the relevance
+// that a bare kernel does not tell.
 inline void dpp_map(const KernelView& kernel, int64_t k, int64_t* indices, float* gains) {
   Scratch scratch;
   const int64_t n = kernel.count, positions = pad_to_panel(n), panels = positions / kPanel;

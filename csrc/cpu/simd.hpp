@@ -45,7 +45,6 @@ struct SimdOps {
   void (*widen_f16)(const uint16_t* x, int64_t n, float* out);
   RowStats (*row_stats)(const float* x, const float* y, int64_t n);  // y may be null
   void (*scale_row)(const float* x, float scale, int64_t n, float* out);
-  void (*finite_row)(const float* x, int64_t n, float* out);  // copies, with 0 for NaN and Inf
 
   // panel[d][c] = rows[c][d] for c < count, zero for count <= c < kPanel.
   void (*pack)(const float* const* rows, int count, int64_t depth, float* panel);

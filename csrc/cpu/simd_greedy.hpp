@@ -16,7 +16,51 @@ inline Vec zero_unless_finite(Vec x) {
   return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
 }
 
-constexpr int64_t kAhead = 16;
+// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d.
+template <int M, int V>
+[[gnu::always_inline]] inline void subtract_products(Vec (&sum)[M][V], const float* const* a, const float* rows,
+                                                     int64_t depth) {
+  const float* x[M];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) x[r] = a[r];
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec b[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) b[v] = load<Vec>(rows + d * kPanel + v * kFloats);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      const Vec factor = splat(x[r][d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] -= factor * b[v];
+    }
+  }
+}
+
+template <int M, int V>
+struct ProjectTile {
+  static void run(const float* const* a, const float* rows, int64_t depth, float* g) {
+    Vec sum[M][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = load<Vec>(g + r * kPanel + v * kFloats);
+    }
+    subtract_products(sum, a, rows, depth);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(g + r * kPanel + v * kFloats, sum[r][v]);
+    }
+  }
+};
+
+void project(const float* const* a, int count, const float* rows, int64_t depth, float* g) {
+  for (int r = 0; r < count; r += kRows) {
+    for (int c = 0; c < kPanel; c += kVectors * kFloats) {
+      dispatch_tile<ProjectTile>(count - r, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
+    }
+  }
+}
 
 // M new rows on V vectors of columns, from `column` on. The triangle among the new rows is solved in registers.
 template <int M, int V>
@@ -24,26 +68,12 @@ struct ExtendTile {
   static void run(const float* const* entries, const float* const* factor, const float* inverse_diagonal, int64_t done,
                   float* rows, float* residual, int column) {
     Vec sum[M][V];
-    const float* a[M];
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
-      a[r] = factor[r];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = zero_unless_finite(load<Vec>(entries[r] + column + v * kFloats));
     }
-    for (int64_t d = 0; d < done; ++d) {
-      Vec b[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        b[v] = load<Vec>(rows + d * kPanel + column + v * kFloats);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < M; ++r) {
-        const Vec x = splat(a[r][d]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] -= x * b[v];
-      }
-    }
+    subtract_products(sum, factor, rows + column, done);
     Vec left[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) left[v] = load<Vec>(residual + column + v * kFloats);
@@ -51,7 +81,7 @@ struct ExtendTile {
     for (int r = 0; r < M; ++r) {
 #pragma GCC unroll 8
       for (int q = 0; q < r; ++q) {
-        const Vec x = splat(a[r][done + q]);
+        const Vec x = splat(factor[r][done + q]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[r][v] -= x * sum[q][v];
       }

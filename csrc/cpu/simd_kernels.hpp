@@ -73,13 +73,6 @@ void scale_row(const float* x, float scale, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale;
 }
 
-void finite_row(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = float_to_bits(x[i]);
-    out[i] = bits_to_float((bits & 0x7f800000u) == 0x7f800000u ? 0u : bits);
-  }
-}
-
 // ---- bipartite matching -----------------------------------------------------------------------------------------
 
 void match(const float* raw, float source_scale, const float* scale, int columns, int32_t first_column, float threshold,
@@ -114,7 +107,6 @@ constexpr SimdOps make_ops(const char* name) {
   ops.widen_f16 = widen_f16;
   ops.row_stats = row_stats;
   ops.scale_row = scale_row;
-  ops.finite_row = finite_row;
   ops.pack = pack;
   ops.gemm = gemm;
 #if defined(SCRIPT_SIMD_BF16)

@@ -67,72 +67,31 @@ void pack(const float* const* rows, int count, int64_t depth, float* panel) {
 
 // A register tile of M rows x V vectors over `depth` steps, written to c or added to it.
 template <int M, int V>
-inline void multiply_tile(const float* const* a, int64_t start, const float* panel, int64_t depth, bool add, float* c) {
-  Vec sum[M][V] = {};
-  const float* rows[M];
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
-  for (int64_t d = 0; d < depth; ++d) {
-    Vec b[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) b[v] = load<Vec>(panel + d * kPanel + v * kFloats);
-#pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) {
-      const Vec x = splat(rows[r][d]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += x * b[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* p = c + r * kPanel + v * kFloats;
-      store(p, add ? load<Vec>(p) + sum[r][v] : sum[r][v]);
-    }
-  }
-}
-
-// The same with c -= a * panel in one chain: the sums start from c, not from zero.
-template <int M, int V>
-inline void project_tile(const float* const* a, int64_t start, const float* panel, int64_t depth, float* c) {
-  Vec sum[M][V];
-  const float* rows[M];
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r) {
-    rows[r] = a[r] + start;
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = load<Vec>(c + r * kPanel + v * kFloats);
-  }
-  for (int64_t d = 0; d < depth; ++d) {
-    Vec b[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) b[v] = load<Vec>(panel + d * kPanel + v * kFloats);
-#pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) {
-      const Vec x = splat(rows[r][d]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] -= x * b[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * kPanel + v * kFloats, sum[r][v]);
-  }
-}
-
-template <int M, int V>
 struct FloatTile {
   static void run(const float* const* a, int64_t start, const float* panel, int64_t depth, bool add, float* c) {
-    multiply_tile<M, V>(a, start, panel, depth, add, c);
-  }
-};
-
-template <int M, int V>
-struct ProjectTile {
-  static void run(const float* const* a, int64_t start, const float* panel, int64_t depth, bool, float* c) {
-    project_tile<M, V>(a, start, panel, depth, c);
+    Vec sum[M][V] = {};
+    const float* rows[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
+    for (int64_t d = 0; d < depth; ++d) {
+      Vec b[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) b[v] = load<Vec>(panel + d * kPanel + v * kFloats);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        const Vec x = splat(rows[r][d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] += x * b[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        float* p = c + r * kPanel + v * kFloats;
+        store(p, add ? load<Vec>(p) + sum[r][v] : sum[r][v]);
+      }
+    }
   }
 };
 
@@ -155,10 +114,6 @@ inline void multiply(const Element* const* a, int rows, const Element* panel, in
 
 void gemm(const float* const* a, int rows, const float* panel, int groups, int64_t depth, float* c) {
   multiply<FloatTile, 1>(a, rows, panel, groups, depth, c);
-}
-
-void project(const float* const* a, int count, const float* rows, int64_t depth, float* g) {
-  multiply<ProjectTile, 1>(a, count, rows, kPanel / kGroup, depth, g);
 }
 
 #if defined(SCRIPT_SIMD_BF16)

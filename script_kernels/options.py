@@ -1,0 +1,125 @@
+"""The options of GSP and of prune as one frozen value each: defaults, checks, and how many tokens each stage keeps.
+
+Every face builds one from the keywords that its users write and hands it on whole. csrc/core/schedule.hpp computes the
+same counts. Needs neither PyTorch nor NumPy.
+"""
+
+import math
+import numbers
+from dataclasses import dataclass
+
+COMBINE = ("intersect", "restrict")
+
+
+def is_symbolic(value: object) -> bool:
+    """A size or number of a program that is being traced: its value is not known, and asking would specialise it."""
+    return type(value).__name__ in ("SymInt", "SymFloat", "SymBool")
+
+
+def check_int(value: object, argument: str) -> None:
+    """Raises TypeError unless the value is an integer, of Python, NumPy or a traced program."""
+    if isinstance(value, bool) or not (isinstance(value, numbers.Integral) or type(value).__name__ == "SymInt"):
+        raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
+
+
+def check_number(value: object, argument: str) -> None:
+    """Raises TypeError unless the value is a real number, of Python, NumPy or a traced program."""
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_symbolic(value)):
+        raise TypeError(f"{argument}: expected a float, got {type(value).__name__}")
+
+
+def check_finite(value: float, argument: str) -> None:
+    """Raises unless the value is a finite number."""
+    check_number(value, argument)
+    if not is_symbolic(value) and not math.isfinite(value):
+        raise ValueError(f"{argument}: expected a finite number, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GspOptions:
+    """What GSP asks of its graph: see `script_kernels.gsp`."""
+
+    threshold: float = 0.2
+    gamma: float = 1.0
+    min_degree: int = 4
+    rounds: int = 1
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError, naming the first option that cannot be."""
+        check_finite(self.threshold, "threshold")
+        check_finite(self.gamma, "gamma")
+        check_int(self.min_degree, "min_degree")
+        if (self.min_degree >= 0) is False:
+            raise ValueError(f"min_degree: expected min_degree >= 0, got {self.min_degree}")
+        check_int(self.rounds, "rounds")
+        if (self.rounds >= 1) is False:
+            raise ValueError(f"rounds: expected rounds >= 1, got {self.rounds}")
+
+    def check_reachable(self, n: int, keep: int, asked: str | None = None) -> None:
+        """Raises ValueError, naming what was `asked` (default: this `keep`), unless `rounds` rounds get from n to it."""
+        if any(is_symbolic(value) for value in (n, keep, self.rounds)) or rounds_suffice(n, keep, self.rounds):
+            return
+        raise ValueError(
+            f"{asked or f'keep: {keep}'} of N = {n} tokens cannot be reached with rounds = {self.rounds} "
+            f"(a round drops at most half); needs rounds >= {rounds_needed(n, keep)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(GspOptions):
+    """What `prune` and `prune_varlen` leave to their callers: see `script_kernels.prune`."""
+
+    negate: bool = False
+    gsp_drop: float = 0.25
+    oversample: float = 2.0
+    combine: str = "intersect"
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError, naming the first option that cannot be."""
+        check_number(self.gsp_drop, "gsp_drop")
+        if not is_symbolic(self.gsp_drop) and not 0 <= self.gsp_drop < 1:
+            raise ValueError(f"gsp_drop: expected 0 <= gsp_drop < 1, got {self.gsp_drop}")
+        check_number(self.oversample, "oversample")
+        if not is_symbolic(self.oversample) and not 1 <= self.oversample < math.inf:
+            raise ValueError(f"oversample: expected a finite number >= 1, got {self.oversample}")
+        if not isinstance(self.combine, str):
+            raise TypeError(f"combine: expected a str, got {type(self.combine).__name__}")
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine: expected 'intersect' or 'restrict', got {self.combine!r}")
+        super().check()
+
+    def check_drop(self, n: int) -> None:
+        """Raises ValueError unless `rounds` rounds can drop the share `gsp_drop` of n tokens."""
+        if not is_symbolic(n) and not is_symbolic(self.gsp_drop):
+            kept = self.gsp_keep(n)
+            self.check_reachable(n, kept, f"gsp_drop: {self.gsp_drop} keeps {kept}, which")
+
+    def gsp_keep(self, n: int) -> int:
+        """Tokens that GSP keeps of n."""
+        return n - math.floor(self.gsp_drop * n)
+
+    def ranked(self, n: int, keep: int) -> int:
+        """Length of QCSP's ranking, for `keep` of n tokens."""
+        return min(n, math.ceil(self.oversample * keep)) if self.combine == "intersect" else keep
+
+
+def rounds_suffice(n: int, keep: int, rounds: int) -> bool:
+    """Whether `rounds` rounds of GSP get from `n` tokens to `keep`: no round may drop more than its source tokens."""
+    left = n - keep
+    for r in range(rounds):
+        if left == 0:
+            break
+        quota = -(-left // (rounds - r))
+        if quota > (keep + left + 1) // 2:
+            return False
+        left -= quota
+    return True
+
+
+def rounds_needed(n: int, keep: int) -> int:
+    """The smallest number of rounds that suffices, for 1 <= keep <= n."""
+    # The last round drops about left / rounds of at most 2 keep + 1 tokens, so fewer rounds than this cannot do.
+    rounds = max(1, (n - keep) // (keep + 2))
+    while not rounds_suffice(n, keep, rounds):
+        rounds += 1
+    return rounds

@@ -14,10 +14,12 @@ Chen et al. 2018, arXiv 1709.05135 (greedy MAP of a DPP); ToMe, arXiv 2210.09461
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from . import checks, ops  # noqa: F401  (ops registers torch.ops.script)
+from .options import GspOptions, PruneOptions
 
 __all__ = [
     "bipartite_match",
@@ -135,11 +137,10 @@ def gsp(
     >>> script_kernels.gsp(tokens, keep=3)[0]
     tensor([[False,  True,  True,  True]])
     """
+    options: dict[str, Any] = {"threshold": threshold, "gamma": gamma, "min_degree": min_degree, "rounds": rounds}
     if not torch.compiler.is_compiling():
-        checks.gsp(tokens, keep, threshold, gamma, min_degree, rounds)
-    return torch.ops.script.gsp.default(
-        tokens, keep, threshold=threshold, gamma=gamma, min_degree=min_degree, rounds=rounds
-    )
+        checks.gsp(tokens, keep, GspOptions(**options))
+    return torch.ops.script.gsp.default(tokens, keep, **options)
 
 
 def dpp_map(kernel: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,44 +272,26 @@ def prune(
         ValueError: shapes, devices or values that do not fit; a `gsp_drop` that `rounds` cannot reach.
         TypeError: not a floating dtype of the above, or different dtypes.
 
-    Source: Script; DESIGN section 2 for where it leaves room.
+    Source: Script; docs/design.md for where it leaves room.
 
     >>> tokens = torch.randn(2, 576, 64)
     >>> kept = script_kernels.prune(tokens, torch.randn(1, 4, 64), keep=64)
     >>> tokens.gather(1, kept[..., None].expand(-1, -1, 64)).shape
     torch.Size([2, 64, 64])
     """
+    options: dict[str, Any] = {
+        "negate": negate,
+        "gsp_drop": gsp_drop,
+        "oversample": oversample,
+        "combine": combine,
+        "threshold": threshold,
+        "gamma": gamma,
+        "min_degree": min_degree,
+        "rounds": rounds,
+    }
     if not torch.compiler.is_compiling():
-        checks.prune(
-            tokens,
-            query,
-            keep,
-            aligned,
-            query_mask,
-            negate,
-            gsp_drop,
-            oversample,
-            combine,
-            threshold,
-            gamma,
-            min_degree,
-            rounds,
-        )
-    return torch.ops.script.prune.default(
-        tokens,
-        query,
-        keep,
-        aligned=aligned,
-        query_mask=query_mask,
-        negate=negate,
-        gsp_drop=gsp_drop,
-        oversample=oversample,
-        combine=combine,
-        threshold=threshold,
-        gamma=gamma,
-        min_degree=min_degree,
-        rounds=rounds,
-    )
+        checks.prune(tokens, query, keep, aligned, query_mask, PruneOptions(**options))
+    return torch.ops.script.prune.default(tokens, query, keep, aligned=aligned, query_mask=query_mask, **options)
 
 
 def prune_varlen(
@@ -352,36 +335,19 @@ def prune_varlen(
     >>> script_kernels.prune_varlen(tokens, cu_seqlens, None, keep=[64, 32]).shape
     torch.Size([96])
     """
+    options: dict[str, Any] = {
+        "negate": negate,
+        "gsp_drop": gsp_drop,
+        "oversample": oversample,
+        "combine": combine,
+        "threshold": threshold,
+        "gamma": gamma,
+        "min_degree": min_degree,
+        "rounds": rounds,
+    }
     if not torch.compiler.is_compiling():
-        checks.prune_varlen(
-            tokens,
-            cu_seqlens,
-            query,
-            keep,
-            aligned,
-            negate,
-            gsp_drop,
-            oversample,
-            combine,
-            threshold,
-            gamma,
-            min_degree,
-            rounds,
-        )
+        given = PruneOptions(**options)
+        checks.prune_varlen(tokens, cu_seqlens, query, keep, aligned, given)
         if cu_seqlens.is_cpu and type(cu_seqlens) is torch.Tensor:  # a fake tensor has no values
-            checks.segments(cu_seqlens.tolist(), tokens.shape[0], keep, gsp_drop, rounds)
-    return torch.ops.script.prune_varlen.default(
-        tokens,
-        cu_seqlens,
-        query,
-        keep,
-        aligned=aligned,
-        negate=negate,
-        gsp_drop=gsp_drop,
-        oversample=oversample,
-        combine=combine,
-        threshold=threshold,
-        gamma=gamma,
-        min_degree=min_degree,
-        rounds=rounds,
-    )
+            checks.segments(cu_seqlens.tolist(), tokens.shape[0], keep, given)
+    return torch.ops.script.prune_varlen.default(tokens, cu_seqlens, query, keep, aligned=aligned, **options)

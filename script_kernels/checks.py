@@ -1,22 +1,20 @@
-"""Argument checks, one function per op, with the op's arguments in order.
+"""Argument checks, one function per op: its tensors and counts in order, its options as one value.
 
 They raise ValueError (values, shapes, devices) or TypeError (dtypes, types) with a message `argument: expected what,
-got what came`; csrc/common/op_checks.hpp says the same to direct callers of the CPU ops. Fakes call these functions
+got what came`; csrc/faces/torch_checks.hpp says the same to direct callers of the CPU ops. Fakes call these functions
 too, with symbolic sizes under torch.compile(dynamic=True) and torch.export. A symbolic comparison is neither True nor
 False until somebody asks, and asking would specialise the program on this size: a check therefore fails only where its
 condition `is False`, and the compiled program is checked by the op when it runs.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 
-from . import schedule
+from .options import GspOptions, PruneOptions, check_finite, check_int
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-COMBINE = ("intersect", "restrict")
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -38,29 +36,13 @@ def _is_tensor(value: object, argument: str, dtype: torch.dtype | None) -> None:
         raise TypeError(f"{argument}: expected {_dtype(dtype)}, got {_dtype(value.dtype)}")
 
 
-def _is_int(value: object, argument: str) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
-
-
-def _is_number(value: object, argument: str) -> None:
-    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a float, got {type(value).__name__}")
-
-
-def _is_finite(value: float, argument: str) -> None:
-    _is_number(value, argument)
-    if isinstance(value, (float, int)) and not math.isfinite(value):
-        raise ValueError(f"{argument}: expected a finite number, got {value}")
-
-
 def _on_device(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_argument: str = "tokens") -> None:
     if tensor.device != like.device:
         raise ValueError(f"{argument}: expected the device of {like_argument}, {like.device}, got {tensor.device}")
 
 
 def _in_range(count: int, argument: str, limit: int, limit_name: str) -> None:
-    _is_int(count, argument)
+    check_int(count, argument)
     if (count >= 1) is False or (count <= limit) is False:
         raise ValueError(f"{argument}: expected 1 <= {argument} <= {limit_name} = {limit}, got {count}")
 
@@ -93,36 +75,6 @@ def _query(query: torch.Tensor, query_mask: torch.Tensor | None, batch: int, tok
     _on_device(query_mask, "query_mask", tokens)
 
 
-def _gsp_parameters(threshold: float, gamma: float, min_degree: int, rounds: int) -> None:
-    _is_finite(threshold, "threshold")
-    _is_finite(gamma, "gamma")
-    _is_int(min_degree, "min_degree")
-    if (min_degree >= 0) is False:
-        raise ValueError(f"min_degree: expected min_degree >= 0, got {min_degree}")
-    _is_int(rounds, "rounds")
-    if (rounds >= 1) is False:
-        raise ValueError(f"rounds: expected rounds >= 1, got {rounds}")
-
-
-def _prune_parameters(gsp_drop: float, oversample: float, combine: str) -> None:
-    _is_number(gsp_drop, "gsp_drop")
-    if isinstance(gsp_drop, (float, int)) and not 0 <= gsp_drop < 1:
-        raise ValueError(f"gsp_drop: expected 0 <= gsp_drop < 1, got {gsp_drop}")
-    _is_number(oversample, "oversample")
-    if isinstance(oversample, (float, int)) and not 1 <= oversample < math.inf:
-        raise ValueError(f"oversample: expected a finite number >= 1, got {oversample}")
-    if not isinstance(combine, str):
-        raise TypeError(f"combine: expected a str, got {type(combine).__name__}")
-    if combine not in COMBINE:
-        raise ValueError(f"combine: expected 'intersect' or 'restrict', got {combine!r}")
-
-
-def _drop_reachable(n: int, gsp_drop: float, rounds: int) -> None:
-    if isinstance(n, int) and isinstance(rounds, int) and isinstance(gsp_drop, (float, int)):
-        kept = schedule.gsp_keep(n, gsp_drop)
-        schedule.reachable(n, kept, rounds, f"gsp_drop: {gsp_drop} keeps {kept}, which")
-
-
 def query_relevance(
     tokens: torch.Tensor, query: torch.Tensor, query_mask: torch.Tensor | None = None, negate: bool = False
 ) -> None:
@@ -134,24 +86,15 @@ def query_relevance(
 def bipartite_match(tokens: torch.Tensor, threshold: float = 0.2) -> None:
     """Checks the arguments of `bipartite_match`."""
     _tokens(tokens)
-    _is_finite(threshold, "threshold")
+    check_finite(threshold, "threshold")
 
 
-def gsp(
-    tokens: torch.Tensor,
-    keep: int,
-    threshold: float = 0.2,
-    gamma: float = 1.0,
-    min_degree: int = 4,
-    rounds: int = 1,
-) -> None:
+def gsp(tokens: torch.Tensor, keep: int, options: GspOptions) -> None:
     """Checks the arguments of `gsp`."""
     _tokens(tokens)
-    n = tokens.shape[1]
-    _in_range(keep, "keep", n, "N")
-    _gsp_parameters(threshold, gamma, min_degree, rounds)
-    if isinstance(n, int) and isinstance(keep, int) and isinstance(rounds, int):
-        schedule.reachable(n, keep, rounds, f"keep: {keep}")
+    _in_range(keep, "keep", tokens.shape[1], "N")
+    options.check()
+    options.check_reachable(tokens.shape[1], keep)
 
 
 def dpp_map(kernel: torch.Tensor, k: int) -> None:
@@ -192,16 +135,9 @@ def prune(
     tokens: torch.Tensor,
     query: torch.Tensor | None,
     keep: int,
-    aligned: torch.Tensor | None = None,
-    query_mask: torch.Tensor | None = None,
-    negate: bool = False,
-    gsp_drop: float = 0.25,
-    oversample: float = 2.0,
-    combine: str = "intersect",
-    threshold: float = 0.2,
-    gamma: float = 1.0,
-    min_degree: int = 4,
-    rounds: int = 1,
+    aligned: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
+    options: PruneOptions,
 ) -> None:
     """Checks the arguments of `prune`."""
     _tokens(tokens)
@@ -220,9 +156,8 @@ def prune(
             _on_device(aligned, "aligned", tokens)
             width = aligned.shape[2]
         _query(query, query_mask, batch, tokens, width)
-    _prune_parameters(gsp_drop, oversample, combine)
-    _gsp_parameters(threshold, gamma, min_degree, rounds)
-    _drop_reachable(n, gsp_drop, rounds)
+    options.check()
+    options.check_drop(n)
 
 
 def prune_varlen(
@@ -230,15 +165,8 @@ def prune_varlen(
     cu_seqlens: torch.Tensor,
     query: torch.Tensor | None,
     keep: Sequence[int],
-    aligned: torch.Tensor | None = None,
-    negate: bool = False,
-    gsp_drop: float = 0.25,
-    oversample: float = 2.0,
-    combine: str = "intersect",
-    threshold: float = 0.2,
-    gamma: float = 1.0,
-    min_degree: int = 4,
-    rounds: int = 1,
+    aligned: torch.Tensor | None,
+    options: PruneOptions,
 ) -> None:
     """Checks the arguments of `prune_varlen`, all but the values of `cu_seqlens`: `segments` does those."""
     _is_tensor(tokens, "tokens", None)
@@ -253,7 +181,7 @@ def prune_varlen(
     if isinstance(keep, torch.Tensor) or not isinstance(keep, Sequence):
         raise TypeError(f"keep: expected a sequence of ints, got {type(keep).__name__}")
     for s, kept in enumerate(keep):
-        _is_int(kept, f"keep[{s}]")
+        check_int(kept, f"keep[{s}]")
         if (kept >= 0) is False:
             raise ValueError(f"keep[{s}]: expected keep[{s}] >= 0, got {kept}")
     if (len(keep) == count) is False:
@@ -266,11 +194,10 @@ def prune_varlen(
             _on_device(aligned, "aligned", tokens)
             width = aligned.shape[1]
         _query(query, None, count, tokens, width)
-    _prune_parameters(gsp_drop, oversample, combine)
-    _gsp_parameters(threshold, gamma, min_degree, rounds)
+    options.check()
 
 
-def segments(starts: Sequence[int], total: int, keep: Sequence[int], gsp_drop: float, rounds: int) -> None:
+def segments(starts: Sequence[int], total: int, keep: Sequence[int], options: PruneOptions) -> None:
     """Checks the values of `cu_seqlens` (as a list) against the tokens and `keep`; call `prune_varlen` first."""
     if starts[0] != 0:
         raise ValueError(f"cu_seqlens: expected a start at 0, got {starts[0]}")
@@ -287,4 +214,4 @@ def segments(starts: Sequence[int], total: int, keep: Sequence[int], gsp_drop: f
             continue
         if not 1 <= kept <= length:
             raise ValueError(f"keep[{s}]: expected 1 <= keep[{s}] <= {length}, the segment's length, got {kept}")
-        _drop_reachable(length, gsp_drop, rounds)
+        options.check_drop(length)

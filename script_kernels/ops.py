@@ -1,4 +1,4 @@
-"""The ops `torch.ops.script.*`: every schema, fake and CUDA registration. Importing this module registers them all.
+"""The ops `torch.ops.script.*`: schema, fake and CUDA entry of each in one table; importing this module registers them.
 
 CPU implementations come from the library `_C_cpu`, CUDA ones from `script_kernels.triton` (mask_intersect: the library
 `_C_cuda`); both libraries use the schemas defined here. Calls on a device whose implementation is not there say what is
@@ -12,117 +12,215 @@ Python call. A fallthrough does not switch autograd off for what runs below it, 
 do that themselves.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import checks, library
+from .options import GspOptions, PruneOptions
 
-SCHEMAS = (
-    "query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False) -> Tensor",
-    "bipartite_match(Tensor tokens, float threshold=0.2) "
-    "-> (Tensor best, Tensor match, Tensor degree, Tensor mean, Tensor density)",
-    "gsp(Tensor tokens, int keep, *, float threshold=0.2, float gamma=1.0, int min_degree=4, int rounds=1) "
-    "-> (Tensor mask, Tensor redundancy)",
-    "dpp_map(Tensor kernel, int k) -> (Tensor indices, Tensor gains)",
-    "qcsp(Tensor tokens, Tensor relevance, int k) -> (Tensor indices, Tensor gains)",
-    "mask_intersect(Tensor ranking, Tensor mask, int k) -> Tensor",
-    "prune(Tensor tokens, Tensor? query, int keep, *, Tensor? aligned=None, Tensor? query_mask=None, "
-    'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, '
-    "float gamma=1.0, int min_degree=4, int rounds=1) -> Tensor",
-    "prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, int[] keep, *, Tensor? aligned=None, "
-    'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, '
-    "float gamma=1.0, int min_degree=4, int rounds=1) -> Tensor",
-)
-NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-
-# Registrations live as long as this object.
-_LIBRARY = torch.library.Library("script", "FRAGMENT")
+# Fakes: shapes and dtypes of the outputs, after the checks. The dispatcher leaves out what has its default value.
 
 
-# Fakes: shapes and dtypes of the outputs.
-
-
-def _fake_query_relevance(tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    checks.query_relevance(tokens, *args, **options)
+def fake_query_relevance(tokens: Tensor, query: Tensor, query_mask: Tensor | None = None, **options: Any) -> Tensor:
+    checks.query_relevance(tokens, query, query_mask, **options)
     return tokens.new_empty(tokens.shape[:2], dtype=torch.float32)
 
 
-def _fake_bipartite_match(tokens: torch.Tensor, threshold: float = 0.2) -> tuple[torch.Tensor, ...]:
+def fake_bipartite_match(tokens: Tensor, threshold: float = 0.2) -> tuple[Tensor, ...]:
     checks.bipartite_match(tokens, threshold)
     shape = (tokens.shape[0], (tokens.shape[1] + 1) // 2)
     dtypes = (torch.float32, torch.int32, torch.int32, torch.float32, torch.float32)
     return tuple(tokens.new_empty(shape, dtype=dtype) for dtype in dtypes)
 
 
-def _fake_gsp(tokens: torch.Tensor, keep: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    checks.gsp(tokens, keep, **options)
+def fake_gsp(tokens: Tensor, keep: int, **options: Any) -> tuple[Tensor, Tensor]:
+    checks.gsp(tokens, keep, GspOptions(**options))
     shape = tokens.shape[:2]
     return tokens.new_empty(shape, dtype=torch.bool), tokens.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_picks(like: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fake_picks(like: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (like.shape[0], k)
     return like.new_empty(shape, dtype=torch.int64), like.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_dpp_map(kernel: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fake_dpp_map(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     checks.dpp_map(kernel, k)
-    return _fake_picks(kernel, k)
+    return fake_picks(kernel, k)
 
 
-def _fake_qcsp(tokens: torch.Tensor, relevance: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fake_qcsp(tokens: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     checks.qcsp(tokens, relevance, k)
-    return _fake_picks(tokens, k)
+    return fake_picks(tokens, k)
 
 
-def _fake_mask_intersect(ranking: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
+def fake_mask_intersect(ranking: Tensor, mask: Tensor, k: int) -> Tensor:
     checks.mask_intersect(ranking, mask, k)
     return ranking.new_empty((ranking.shape[0], k))
 
 
-def _fake_prune(tokens: torch.Tensor, query: torch.Tensor | None, keep: int, **options: Any) -> torch.Tensor:
-    checks.prune(tokens, query, keep, **options)
+def fake_prune(
+    tokens: Tensor,
+    query: Tensor | None,
+    keep: int,
+    *,
+    aligned: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    checks.prune(tokens, query, keep, aligned, query_mask, PruneOptions(**options))
     return tokens.new_empty((tokens.shape[0], keep), dtype=torch.int64)
 
 
-def _fake_prune_varlen(
-    tokens: torch.Tensor, cu_seqlens: torch.Tensor, query: torch.Tensor | None, keep: Sequence[int], **options: Any
-) -> torch.Tensor:
-    checks.prune_varlen(tokens, cu_seqlens, query, keep, **options)
+def fake_prune_varlen(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    query: Tensor | None,
+    keep: Sequence[int],
+    *,
+    aligned: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    checks.prune_varlen(tokens, cu_seqlens, query, keep, aligned, PruneOptions(**options))
     return tokens.new_empty((sum(keep),), dtype=torch.int64)
 
 
-# Entries.
+# CUDA entries. Triton is imported by the first call.
 
 
-def _triton_entry(name: str, schema: torch.FunctionSchema) -> Callable[..., Any]:
-    """The CUDA implementation of an op: `script_kernels.triton.<name>.launch_<name>`, imported when first called.
+def cuda_query_relevance(
+    tokens: Tensor, query: Tensor, query_mask: Tensor | None = None, *, negate: bool = False
+) -> Tensor:
+    from .triton.query_relevance import launch_query_relevance
 
-    The dispatcher leaves out arguments that have their default value; the launcher gets all of them, in order.
-    """
-    arguments = [(argument.name, argument.default_value) for argument in schema.arguments]
-    check = getattr(checks, name)
-    launch: Callable[..., Any] | None = None
+    checks.query_relevance(tokens, query, query_mask, negate)
+    return launch_query_relevance(tokens, query, query_mask, negate)
+
+
+def cuda_bipartite_match(tokens: Tensor, threshold: float = 0.2) -> tuple[Tensor, ...]:
+    from .triton.bipartite_match import launch_bipartite_match
+
+    checks.bipartite_match(tokens, threshold)
+    return launch_bipartite_match(tokens, threshold)
+
+
+def cuda_gsp(tokens: Tensor, keep: int, **given: Any) -> tuple[Tensor, Tensor]:
+    from .triton.gsp import launch_gsp
+
+    options = GspOptions(**given)
+    checks.gsp(tokens, keep, options)
+    return launch_gsp(tokens, keep, options)
+
+
+def cuda_dpp_map(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    from .triton.dpp_map import launch_dpp_map
+
+    checks.dpp_map(kernel, k)
+    return launch_dpp_map(kernel, k)
+
+
+def cuda_qcsp(tokens: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    from .triton.qcsp import launch_qcsp
+
+    checks.qcsp(tokens, relevance, k)
+    return launch_qcsp(tokens, relevance, k)
+
+
+def cuda_prune(
+    tokens: Tensor,
+    query: Tensor | None,
+    keep: int,
+    *,
+    aligned: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    **given: Any,
+) -> Tensor:
+    from .triton.prune import launch_prune
+
+    options = PruneOptions(**given)
+    checks.prune(tokens, query, keep, aligned, query_mask, options)
+    return launch_prune(tokens, query, keep, options, aligned=aligned, query_mask=query_mask)
+
+
+def cuda_prune_varlen(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    query: Tensor | None,
+    keep: Sequence[int],
+    *,
+    aligned: Tensor | None = None,
+    **given: Any,
+) -> Tensor:
+    from .triton.prune_varlen import launch_prune_varlen
+
+    options = PruneOptions(**given)
+    checks.prune_varlen(tokens, cu_seqlens, query, keep, aligned, options)
+    return launch_prune_varlen(tokens, cu_seqlens, query, keep, options, aligned=aligned)
+
+
+class Op(NamedTuple):
+    """What registers one op; without a CUDA entry here, the library `_C_cuda` has it."""
+
+    schema: str
+    fake: Callable[..., Any]
+    cuda: Callable[..., Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+GSP = "float threshold=0.2, float gamma=1.0, int min_degree=4, int rounds=1"
+PRUNE = f'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", {GSP}'
+
+OPS = (
+    Op(
+        "query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False) -> Tensor",
+        fake_query_relevance,
+        cuda_query_relevance,
+    ),
+    Op(
+        "bipartite_match(Tensor tokens, float threshold=0.2) "
+        "-> (Tensor best, Tensor match, Tensor degree, Tensor mean, Tensor density)",
+        fake_bipartite_match,
+        cuda_bipartite_match,
+    ),
+    Op(f"gsp(Tensor tokens, SymInt keep, *, {GSP}) -> (Tensor mask, Tensor redundancy)", fake_gsp, cuda_gsp),
+    Op("dpp_map(Tensor kernel, SymInt k) -> (Tensor indices, Tensor gains)", fake_dpp_map, cuda_dpp_map),
+    Op("qcsp(Tensor tokens, Tensor relevance, SymInt k) -> (Tensor indices, Tensor gains)", fake_qcsp, cuda_qcsp),
+    Op("mask_intersect(Tensor ranking, Tensor mask, SymInt k) -> Tensor", fake_mask_intersect, None),
+    Op(
+        "prune(Tensor tokens, Tensor? query, SymInt keep, *, Tensor? aligned=None, Tensor? query_mask=None, "
+        f"{PRUNE}) -> Tensor",
+        fake_prune,
+        cuda_prune,
+    ),
+    Op(
+        "prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, SymInt[] keep, *, Tensor? aligned=None, "
+        f"{PRUNE}) -> Tensor",
+        fake_prune_varlen,
+        cuda_prune_varlen,
+    ),
+)
+
+
+def _on_cuda(op: Op) -> Callable[..., Any]:
+    """The CUDA entry, without autograd below it, and with a word on what to install where Triton is missing."""
 
     def entry(*args: Any, **options: Any) -> Any:
-        nonlocal launch
-        if launch is None:
-            try:
-                module = importlib.import_module(f"{__package__}.triton.{name}")
-            except ModuleNotFoundError as error:
-                if error.name != "triton":
-                    raise
-                raise ImportError(
-                    f"script.{name} on CUDA needs Triton, which is not installed: pip install triton"
-                ) from error
-            launch = getattr(module, f"launch_{name}")
-        values = (*args, *(options.get(key, default) for key, default in arguments[len(args) :]))
-        check(*values)
-        with torch._C._AutoDispatchBelowAutograd():
-            return launch(*values)
+        assert op.cuda is not None
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.cuda(*args, **options)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise ImportError(
+                f"script.{op.name} on CUDA needs Triton, which is not installed: pip install triton"
+            ) from error
 
     return entry
 
@@ -138,14 +236,16 @@ def _missing_entry(needed: library.Library) -> Callable[..., Any]:
 
 CPU_LIBRARY = library.load("_C_cpu")
 CUDA_LIBRARY = library.load("_C_cuda")
+# Registrations live as long as this object.
+_LIBRARY = torch.library.Library("script", "FRAGMENT")
 
-for _name, _schema in zip(NAMES, SCHEMAS, strict=True):
-    _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"script::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
-    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+for _op in OPS:
+    _LIBRARY.define(_op.schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"script::{_op.name}", _op.fake, lib=_LIBRARY)
+    _LIBRARY.impl(_op.name, torch.library.fallthrough_kernel, "Autograd")
     if not CPU_LIBRARY.loaded:
-        _LIBRARY.impl(_name, _missing_entry(CPU_LIBRARY), "CPU")
-    if _name != "mask_intersect":
-        _LIBRARY.impl(_name, _triton_entry(_name, getattr(torch.ops.script, _name).default._schema), "CUDA")
+        _LIBRARY.impl(_op.name, _missing_entry(CPU_LIBRARY), "CPU")
+    if _op.cuda is not None:
+        _LIBRARY.impl(_op.name, _on_cuda(_op), "CUDA")
     elif not CUDA_LIBRARY.loaded:
-        _LIBRARY.impl(_name, _missing_entry(CUDA_LIBRARY), "CUDA")
+        _LIBRARY.impl(_op.name, _missing_entry(CUDA_LIBRARY), "CUDA")

@@ -5,7 +5,6 @@ same counts. Needs neither PyTorch nor NumPy.
 """
 
 import math
-import numbers
 from dataclasses import dataclass
 
 COMBINE = ("intersect", "restrict")
@@ -13,18 +12,18 @@ COMBINE = ("intersect", "restrict")
 
 def is_symbolic(value: object) -> bool:
     """A size or number of a program that is being traced: its value is not known, and asking would specialise it."""
-    return type(value).__name__ in ("SymInt", "SymFloat", "SymBool")
+    return type(value).__name__ in ("SymInt", "SymFloat")
 
 
 def check_int(value: object, argument: str) -> None:
-    """Raises TypeError unless the value is an integer, of Python, NumPy or a traced program."""
-    if isinstance(value, bool) or not (isinstance(value, numbers.Integral) or type(value).__name__ == "SymInt"):
+    """Raises TypeError unless the value is an int, or that of a traced program."""
+    if not (isinstance(value, int) or type(value).__name__ == "SymInt") or isinstance(value, bool):
         raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
 
 
 def check_number(value: object, argument: str) -> None:
-    """Raises TypeError unless the value is a real number, of Python, NumPy or a traced program."""
-    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_symbolic(value)):
+    """Raises TypeError unless the value is a float or an int, or that of a traced program."""
+    if not (isinstance(value, (float, int)) or is_symbolic(value)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a float, got {type(value).__name__}")
 
 
@@ -56,7 +55,7 @@ class GspOptions:
             raise ValueError(f"rounds: expected rounds >= 1, got {self.rounds}")
 
     def check_reachable(self, n: int, keep: int, asked: str | None = None) -> None:
-        """Raises ValueError, naming what was `asked` (default: this `keep`), unless `rounds` rounds get from n to it."""
+        """Raises ValueError, naming what was `asked` (default: `keep`), unless `rounds` rounds get from n to it."""
         if any(is_symbolic(value) for value in (n, keep, self.rounds)) or rounds_suffice(n, keep, self.rounds):
             return
         raise ValueError(

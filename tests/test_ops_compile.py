@@ -77,6 +77,44 @@ def test_export_with_dynamic_sizes(strict: bool, device: str) -> None:
     check_all_sizes(program.module(), model, device)
 
 
+class Share(nn.Module):
+    """Keeps a quarter of the tokens, however many there are: `keep` is a size of the graph."""
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        quarter = tokens.shape[1] // 4
+        starts = torch.zeros(2, dtype=torch.int32)
+        starts[1] = tokens.shape[1]
+        mask, _ = script_kernels.gsp(tokens, 3 * quarter)
+        ranking, _ = script_kernels.qcsp(tokens, torch.ones(tokens.shape[:2]), quarter)
+        picks, _ = script_kernels.dpp_map(tokens @ tokens.mT, quarter)
+        packed = script_kernels.prune_varlen(tokens[0], starts, None, [quarter])
+        kept = script_kernels.prune(tokens, None, quarter)
+        return mask, ranking, picks, script_kernels.mask_intersect(ranking, mask, quarter), packed, kept
+
+
+def test_a_keep_that_follows_the_size_compiles_once() -> None:
+    model = Share()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for i, N in enumerate((40, 44, 128, 80)):
+        tokens = torch.randn(2, N, 24)
+        for got, want in zip(compiled(tokens), model(tokens), strict=True):
+            assert torch.equal(got, want), N
+        first = counter.frame_count if i == 0 else first
+    assert counter.frame_count == first
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_a_keep_that_follows_the_size_exports(strict: bool) -> None:
+    model = Share()
+    quarter = Dim("quarter", min=8, max=4096)
+    program = torch.export.export(model, (torch.randn(2, 40, 24),), dynamic_shapes=({1: 4 * quarter},), strict=strict)
+    for n in (40, 44, 128):
+        tokens = torch.randn(2, n, 24)
+        for got, want in zip(program.module()(tokens), model(tokens), strict=True):
+            assert torch.equal(got, want), n
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_exported_program_still_refuses_what_does_not_fit(strict: bool) -> None:
     shapes = ({0: Dim("B"), 1: Dim("N")}, {1: Dim("Q")})

@@ -11,7 +11,7 @@ from op_cases import OPS, arguments, outputs
 from torch import Tensor
 
 import script_kernels
-from script_kernels import schedule
+from script_kernels import options
 
 Change = Callable[[Any], Any]
 
@@ -302,8 +302,8 @@ def test_rounds_needed_is_the_smallest_that_suffices() -> None:
     for n in (1, 2, 3, 7, 20, 33):
         for keep in range(1, n + 1):
             sufficient = [rounds for rounds in range(1, n + 2) if simulate(n, keep, rounds)]
-            assert [rounds for rounds in range(1, n + 2) if schedule.rounds_suffice(n, keep, rounds)] == sufficient
-            assert schedule.rounds_needed(n, keep) == sufficient[0], (n, keep)
+            assert [rounds for rounds in range(1, n + 2) if options.rounds_suffice(n, keep, rounds)] == sufficient
+            assert options.rounds_needed(n, keep) == sufficient[0], (n, keep)
 
 
 def simulate(n: int, keep: int, rounds: int) -> bool:
@@ -321,7 +321,7 @@ def test_the_op_says_the_same_number_of_rounds() -> None:
     for n in (2, 9, 20):
         tokens = torch.randn(1, n, 4)
         for keep in range(1, n + 1):
-            needed = schedule.rounds_needed(n, keep)
+            needed = options.rounds_needed(n, keep)
             mask, _ = torch.ops.script.gsp(tokens, keep, rounds=needed)
             assert int(mask.sum()) == keep
             if needed > 1:

@@ -1,5 +1,6 @@
 """The schemas are a contract: they are frozen here, and whatever repeats them must say the same."""
 
+import dataclasses
 import inspect
 import re
 
@@ -8,21 +9,22 @@ import torch
 from op_cases import OPS
 
 import script_kernels
-from script_kernels import checks, ops
+from script_kernels import ops
+from script_kernels.options import GspOptions, PruneOptions
 
 FROZEN = """
 query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False) -> Tensor
 bipartite_match(Tensor tokens, float threshold=0.2)
       -> (Tensor best, Tensor match, Tensor degree, Tensor mean, Tensor density)
-gsp(Tensor tokens, int keep, *, float threshold=0.2, float gamma=1.0, int min_degree=4, int rounds=1)
+gsp(Tensor tokens, SymInt keep, *, float threshold=0.2, float gamma=1.0, int min_degree=4, int rounds=1)
       -> (Tensor mask, Tensor redundancy)
-dpp_map(Tensor kernel, int k) -> (Tensor indices, Tensor gains)
-qcsp(Tensor tokens, Tensor relevance, int k) -> (Tensor indices, Tensor gains)
-mask_intersect(Tensor ranking, Tensor mask, int k) -> Tensor
-prune(Tensor tokens, Tensor? query, int keep, *, Tensor? aligned=None, Tensor? query_mask=None, bool negate=False,
+dpp_map(Tensor kernel, SymInt k) -> (Tensor indices, Tensor gains)
+qcsp(Tensor tokens, Tensor relevance, SymInt k) -> (Tensor indices, Tensor gains)
+mask_intersect(Tensor ranking, Tensor mask, SymInt k) -> Tensor
+prune(Tensor tokens, Tensor? query, SymInt keep, *, Tensor? aligned=None, Tensor? query_mask=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
       int min_degree=4, int rounds=1) -> Tensor
-prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, int[] keep, *, Tensor? aligned=None, bool negate=False,
+prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, SymInt[] keep, *, Tensor? aligned=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
       int min_degree=4, int rounds=1) -> Tensor
 """
@@ -30,7 +32,7 @@ SCHEMAS = {text.partition("(")[0]: text for text in re.sub(r"\s*\n\s+", " ", FRO
 
 
 def test_these_ops_and_no_others() -> None:
-    assert tuple(SCHEMAS) == OPS == ops.NAMES
+    assert tuple(SCHEMAS) == OPS == tuple(op.name for op in ops.OPS)
     assert set(script_kernels.__all__) == {*OPS, "__version__"}
 
 
@@ -54,15 +56,14 @@ def test_public_function_has_the_schema_s_arguments(name: str) -> None:
         assert parameter.default == expected, argument.name
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_check_has_the_schema_s_arguments(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("gsp", GspOptions), ("prune", PruneOptions), ("prune_varlen", PruneOptions)]
+)
+def test_options_are_the_schema_s(name: str, options: type[GspOptions]) -> None:
+    """Numbers, flags and strings of an op are the fields of its options, with the same defaults."""
     arguments = getattr(torch.ops.script, name).default._schema.arguments
-    parameters = inspect.signature(getattr(checks, name)).parameters
-    assert list(parameters) == [argument.name for argument in arguments]
-    for argument, parameter in zip(arguments, parameters.values(), strict=True):
-        expected = argument.default_value if argument.has_default_value() else parameter.empty
-        assert parameter.default == expected, argument.name
-        assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD, argument.name
+    plain = {a.name: a.default_value for a in arguments if a.has_default_value() and "Tensor" not in str(a.type)}
+    assert plain == {field.name: field.default for field in dataclasses.fields(options)}
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -372,16 +372,17 @@ def released_map(kernel: Tensor, k: int) -> Tensor:
     """The selection rule that the authors' released code comes down to; (B, k) indices in the order taken.
 
     Its second loop divides by residuals that were already set to -inf, so earlier picks are not projected out of a new
-    pick's row: each pick lowers the residuals by the square of its *raw* kernel row. (The root of a residual that this
-    has driven below zero is taken as 0.)
+    pick's row: each pick lowers the residuals by the square of its *raw* kernel row, divided by the root of its
+    residual plus 1e-6. Once no residual is above zero nothing is updated any more: the rest goes in the order of the
+    residuals left.
     """
     residual = kernel.diagonal(dim1=1, dim2=2).clone()
     indices = []
     for _ in range(k):
-        pick = residual.argmax(1, keepdim=True)
-        root = residual.gather(1, pick).clamp(min=0).sqrt()
+        best, pick = residual.max(1, keepdim=True)
         column = kernel.gather(2, pick[:, None, :].expand(-1, kernel.shape[1], 1)).squeeze(2)
-        residual = residual - (column / (root + 1e-6)) ** 2
+        update = (column / (best.clamp(min=0).sqrt() + 1e-6)) ** 2
+        residual = torch.where(best > 0, residual - update, residual)
         residual.scatter_(1, pick, -math.inf)
         indices.append(pick)
     return torch.cat(indices, 1)

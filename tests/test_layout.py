@@ -16,29 +16,31 @@ MAX_LINES = 500
 # "!" marks the imports that must stay inside functions, so that importing the package does not need them.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"api", "version"},
-    "api": {"ops", "checks"},
-    "ops": {"checks", "library", "triton!"},
-    "checks": {"schedule"},
-    "schedule": set(),
+    "api": {"ops", "checks", "options"},
+    "ops": {"checks", "library", "options", "triton!"},
+    "checks": {"options"},
+    "options": set(),
     "library": set(),
     "reference": set(),
     "testing": {"reference"},
-    "triton": {"checks", "schedule"},
-    "numpy": {"_core", "schedule"},
+    "triton": {"options"},
+    "numpy": {"_core", "options"},
 }
 # Demo, command line and integrations: users of the public functions, and of the oracle to compare with.
-INTEGRATION = {"", "numpy", "library", "_core!", "demo!", "info!", "reference!", "transformers!", "triton!"}
+INTEGRATION = {"", "numpy", "library", "options", "_core!", "demo!", "info!", "reference!", "transformers!", "triton!"}
 # What importing these modules may load besides the standard library; other packages are imported where they are used.
 LOADS = {
     "__init__": set(),
     "api": {"torch"},
     "ops": {"torch"},
     "checks": {"torch"},
-    "schedule": set(),
+    "options": set(),
     "library": set(),
     "reference": {"torch"},
     "numpy": {"numpy"},
 }
+# An op's Triton page says what is launched; kernels and plans live below it, and the launch tables beside it.
+MAX_PAGE = 90
 
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/|Python\.h")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
@@ -149,7 +151,7 @@ def torch_chain(path: pathlib.Path, root: pathlib.Path, seen: frozenset[pathlib.
     return []
 
 
-CORES = sorted([*CSRC.glob("cpu/*.hpp"), *CSRC.glob("cuda/*.cuh")])
+CORES = sorted([*CSRC.glob("core/*.hpp"), *CSRC.glob("simd/*.hpp"), *CSRC.glob("cuda/*.cuh")])
 
 
 @pytest.mark.parametrize("path", CORES, ids=lambda path: str(path.relative_to(CSRC)))
@@ -158,12 +160,39 @@ def test_cores_reach_no_torch_header(path: pathlib.Path) -> None:
 
 
 def test_a_torch_header_is_seen_through_another(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "common").mkdir()
-    (tmp_path / "common" / "checks.h").write_text("#include <torch/csrc/stable/tensor.h>\n")
-    (tmp_path / "cpu" / "gsp.hpp").write_text('#include <vector>\n#include "common/checks.h"\n')
-    chain = torch_chain(tmp_path / "cpu" / "gsp.hpp", tmp_path)
+    (tmp_path / "core").mkdir()
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "checks.h").write_text("#include <torch/csrc/stable/tensor.h>\n")
+    (tmp_path / "core" / "gsp.hpp").write_text('#include <vector>\n#include "faces/checks.h"\n')
+    chain = torch_chain(tmp_path / "core" / "gsp.hpp", tmp_path)
     assert chain == ["gsp.hpp", "checks.h", "torch/csrc/stable/tensor.h"]
+
+
+# Which folders of csrc/ each may include from, besides itself.
+BELOW: dict[str, set[str]] = {"simd": set(), "core": {"simd"}, "cuda": {"faces"}, "faces": {"core", "simd"}}
+
+
+def folder_faults(path: pathlib.Path, root: pathlib.Path = CSRC) -> list[str]:
+    """Includes of `path` from a folder that its own does not stand on."""
+    folder = path.relative_to(root).parts[0]
+    faults = []
+    for quoted, name in includes_of(path):
+        origin = name.split("/")[0] if "/" in name else folder
+        if quoted and origin not in BELOW[folder] | {folder}:
+            faults.append(f"{folder}/{path.name} includes {name}")
+    return faults
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.[chu]*")), ids=lambda path: str(path.relative_to(CSRC)))
+def test_folders_stand_on_each_other(path: pathlib.Path) -> None:
+    assert folder_faults(path) == []
+
+
+@pytest.mark.parametrize(("where", "line"), [("simd", "core/image.hpp"), ("core", "faces/torch_checks.hpp")])
+def test_a_folder_that_reaches_up_is_seen(tmp_path: pathlib.Path, where: str, line: str) -> None:
+    (tmp_path / where).mkdir()
+    (tmp_path / where / "x.hpp").write_text(f'#include "{line}"\n')
+    assert len(folder_faults(tmp_path / where / "x.hpp", tmp_path)) == 1
 
 
 def source_files() -> list[pathlib.Path]:
@@ -187,16 +216,49 @@ def op_names() -> list[str]:
     return sorted(set(re.findall(r"\b([a-z_]+)\(Tensor ", source)))
 
 
-def functions_of(module: str) -> set[str]:
+def functions_of(module: str) -> dict[str, ast.FunctionDef]:
     body = ast.parse((PACKAGE / f"{module}.py").read_text()).body
-    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def test_each_op_is_found_by_its_name() -> None:
     names = op_names()
     assert len(names) == 8
-    api, oracle = functions_of("api"), functions_of("reference")
+    api, oracle, ops = functions_of("api"), functions_of("reference"), functions_of("ops")
     for name in names:
         assert name in api, f"api.py has no {name}"
         assert name in oracle, f"reference.py has no {name}"
-        assert (CSRC / "cpu" / f"{name}.cpp").exists(), f"csrc/cpu/{name}.cpp is missing"
+        assert f"fake_{name}" in ops, f"ops.py has no fake_{name}"
+        assert (CSRC / "core" / f"{name}.hpp").exists(), f"csrc/core/{name}.hpp is missing"
+        if name == "mask_intersect":
+            assert (CSRC / "cuda" / f"{name}.cuh").exists()
+        else:
+            page = functions_of(f"triton/{name}")
+            assert f"launch_{name}" in page, f"triton/{name}.py has no launch_{name}"
+
+
+def pages() -> list[pathlib.Path]:
+    return [PACKAGE / "triton" / f"{name}.py" for name in op_names() if name != "mask_intersect"]
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_an_op_is_a_thin_page(path: pathlib.Path) -> None:
+    assert path.read_text().count("\n") <= MAX_PAGE
+    assert "triton.jit" not in path.read_text()
+
+
+def test_kernels_know_no_page() -> None:
+    for path in (PACKAGE / "triton" / "kernels").glob("*.py"):
+        for name, _ in imports_of(path.read_text(), "script_kernels.triton.kernels"):
+            if name.startswith("script_kernels"):
+                assert name.startswith(("script_kernels.triton.kernels", "script_kernels.options")), (path.name, name)
+
+
+def test_only_options_spell_out_the_defaults() -> None:
+    """The options of prune travel as one value: besides the public signatures nobody repeats them."""
+    spelt = {
+        str(path.relative_to(PACKAGE))
+        for path in PYTHON_FILES
+        if re.search(r"min_degree(: int)? = \d", path.read_text())
+    }
+    assert spelt == {"options.py", "api.py", "numpy.py", "reference.py"}

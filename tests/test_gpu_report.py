@@ -1,4 +1,4 @@
-"""tools/gpu without a GPU: the dry run and, with stand-ins for Python and CUDA's tools, parts that pass, fail and hang."""
+"""tools/gpu without a GPU: the dry run; with stand-ins for Python and CUDA's tools, parts that pass, fail or hang."""
 
 import importlib.util
 import os

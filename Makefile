@@ -83,7 +83,7 @@ bench: setup
 
 # No virtual environment: the torch, Triton and nvcc that are measured are the machine's own.
 gpu-report:
-	$(PYTHON) -m bench.gpu_report $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
+	PYTHON="$(PYTHON)" tools/gpu $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info demo.png bench/out .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ anything less is not exact.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -74,6 +75,21 @@ def gsp(tokens: Tensor, keep: int, redundancy: Callable[[Tensor], Tensor] = bipa
     return drop_redundant(redundancy(torch.bmm(unit[:, 0::2], unit[:, 1::2].mT)), tokens.shape[1], keep)
 
 
+def bipartite_match(tokens: Tensor, threshold: float = 0.2) -> tuple[Tensor, ...]:
+    unit = normalise(tokens)
+    similarity = torch.bmm(unit[:, 0::2], unit[:, 1::2].mT)
+    near = similarity >= threshold
+    degree = near.sum(-1)
+    best, match = similarity.max(-1)
+    return best, 2 * match + 1, degree, (similarity * near).sum(-1) / degree.clamp(min=1), similarity.mean(-1)
+
+
+def mask_intersect(ranking: Tensor, mask: Tensor, k: int) -> Tensor:
+    """A stable sort brings the members to the front, each part in its order; the first k, ascending."""
+    order = mask.gather(1, ranking).logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices[:, :k]
+    return ranking.gather(1, order).sort(dim=-1).values
+
+
 def query_relevance(tokens: Tensor, query: Tensor) -> Tensor:
     cosine = torch.matmul(normalise(tokens), normalise(query).mT).mean(-1)
     low, high = cosine.amin(-1, keepdim=True), cosine.amax(-1, keepdim=True)
@@ -92,36 +108,26 @@ def prune(
 ) -> Tensor:
     """Relevance, GSP, QCSP with `ranks` picks, the intersection filled up to `keep`: (B, keep) ascending."""
     ranking = qcsp(tokens, query_relevance(tokens, query), ranks, build, step)
-    kept = gsp(tokens, survivors, redundancy).gather(1, ranking)
-    # A stable sort brings the members that GSP kept to the front, each part in its order.
-    order = kept.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices[:, :keep]
-    return ranking.gather(1, order).sort(dim=-1).values
+    return mask_intersect(ranking, gsp(tokens, survivors, redundancy), keep)
 
 
-class Compiled:
-    """The same functions under torch.compile.
+def compiled(op: str) -> Callable[..., object]:
+    """The same function under torch.compile.
 
-    The step is compiled once for all t (its third call makes t a dynamic size): an unrolled loop takes minutes to
-    compile beyond a hundred picks.
+    The loop stays in Python and its step is compiled once for all t (its third call makes t a dynamic size): an
+    unrolled loop takes minutes to compile beyond a hundred picks.
     """
-
-    def __init__(self) -> None:
-        torch._dynamo.reset()
-        self.build: Build = torch.compile(kernel_matrix, dynamic=False)
-        self.step: Step = torch.compile(greedy_step)
-        self.redundancy = torch.compile(bipartite_redundancy, dynamic=False)
-
-    def dpp_map(self, kernel: Tensor, k: int) -> Tensor:
-        return dpp_map(kernel, k, self.step)
-
-    def qcsp(self, tokens: Tensor, relevance: Tensor, k: int) -> Tensor:
-        return qcsp(tokens, relevance, k, self.build, self.step)
-
-    def gsp(self, tokens: Tensor, keep: int) -> Tensor:
-        return gsp(tokens, keep, self.redundancy)
-
-    def prune(self, tokens: Tensor, query: Tensor, keep: int, ranks: int, survivors: int) -> Tensor:
-        return prune(tokens, query, keep, ranks, survivors, self.build, self.step, self.redundancy)
+    torch._dynamo.reset()
+    step: Step = torch.compile(greedy_step)
+    build: Build = torch.compile(kernel_matrix, dynamic=False)
+    redundancy: Callable[[Tensor], Tensor] = torch.compile(bipartite_redundancy, dynamic=False)
+    looped: dict[str, Callable[..., object]] = {
+        "dpp_map": partial(dpp_map, step=step),
+        "qcsp": partial(qcsp, build=build, step=step),
+        "gsp": partial(gsp, redundancy=redundancy),
+        "prune": partial(prune, build=build, step=step, redundancy=redundancy),
+    }
+    return looped.get(op) or torch.compile(globals()[op], dynamic=False)
 
 
 def numpy_dpp_map(kernel: np.ndarray, k: int) -> np.ndarray:

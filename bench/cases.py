@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import script_kernels
-from bench import gates
+from bench import baselines, gates
 from script_kernels import reference, testing
 
 QUERY_VECTORS = 16
+OPS = ("prune", "dpp_map", "qcsp", "gsp", "query_relevance", "bipartite_match", "mask_intersect", "prune_varlen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Row:
 
 
 ROWS = (Row(1, 576, 64), Row(8, 576, 64), Row(5, 576, 128), Row(1, 2880, 320), Row(1, 8192, 640))
+GPU_ROWS = (Row(5, 576, 32), *(Row(b, n, k) for n, k in ((576, 64), (2880, 320), (8192, 640)) for b in (1, 8, 32)))
 QUICK_ROWS = (Row(1, 96, 12), Row(2, 49, 6))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,8 +52,10 @@ class Inputs:
 
     @functools.cached_property
     def tokens(self) -> Tensor:
-        row = self.row
-        return testing.make_tokens(self.kind, row.batch, row.tokens, self.width, dtype=self.dtype, device=self.device)
+        shape = (self.row.batch, self.row.tokens, self.width)
+        if self.device.type == "cuda" and self.kind == "powerlaw":
+            return powerlaw_on(self.device, *shape).to(self.dtype)
+        return testing.make_tokens(self.kind, *shape, dtype=self.dtype, device=self.device)
 
     @functools.cached_property
     def query(self) -> Tensor:
@@ -63,7 +67,7 @@ class Inputs:
 
     @functools.cached_property
     def kernel(self) -> Tensor:
-        return reference.kernel_matrix(self.tokens, self.relevance)
+        return baselines.kernel_matrix(self.tokens, self.relevance)
 
     @functools.cached_property
     def ranking(self) -> Tensor:
@@ -91,6 +95,29 @@ class Inputs:
         """How many tokens GSP keeps within prune, by its defaults."""
         return self.row.tokens - math.floor(0.25 * self.row.tokens)
 
+    def first(self) -> "Inputs":
+        """The first image alone, of the tensors made so far."""
+        alone = dataclasses.replace(self, row=dataclasses.replace(self.row, batch=1))
+        made = {name: tensor[:1] for name, tensor in self.__dict__.items() if isinstance(tensor, Tensor)}
+        alone.__dict__.update(made | {"query": self.query, "cu_seqlens": self.cu_seqlens[:2]})
+        return alone
+
+
+def powerlaw_on(device: torch.device, B: int, N: int, D: int) -> Tensor:
+    """Tokens like testing's "powerlaw", drawn on the device: the CPU would take minutes over the largest.
+
+    Image after image, so that the first is the same in every batch.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, device=device)
+    mixing = normal(D, D) / (D**0.5 * torch.arange(1, D + 1, device=device)[:, None])
+    mean = normal(D)
+    images = (normal(N, D) @ mixing for _ in range(B))
+    return torch.stack([image + image.square().mean().sqrt() * mean for image in images])
+
+
+CHECKED: set[tuple] = set()  # on a GPU: (op, tokens, keep, width, dtype) of the single images whose result was right
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -98,7 +125,7 @@ class Case:
 
     op: str
     arguments: tuple
-    gate: Callable[[], None]  # runs the op and raises AssertionError if its result is wrong
+    certify: Callable[[], None]  # runs the op and raises AssertionError if its result is wrong
     work: testing.Work
     inputs: Inputs
 
@@ -107,6 +134,39 @@ class Case:
 
     def oracle(self) -> object:
         return getattr(reference, self.op)(*self.arguments)
+
+    def eager(self, compiled: bool = False) -> Callable[[], object]:
+        """What people run today on the same arguments, once more under torch.compile."""
+        op, arguments = self.op, self.arguments
+        if op == "prune_varlen":  # the segments are of one length here, so they are a batch
+            op, arguments = "prune", (self.inputs.tokens, self.inputs.query, self.inputs.row.keep)
+        if op == "prune":
+            arguments = (*arguments, self.inputs.ranks, self.inputs.survivors)
+        function = baselines.compiled(op) if compiled else getattr(baselines, op)
+        return functools.partial(function, *arguments)
+
+    def gate(self) -> None:
+        """The check that comes before a time. A GPU's batches are too large for float64 on the CPU: there the first
+        image is checked alone, and the batch must give it the same result, bit for bit."""
+        inputs = self.inputs
+        if inputs.device.type == "cpu":
+            self.certify()
+            return
+        alone = make_case(self.op, inputs.first())
+        key = (self.op, inputs.row.tokens, inputs.row.keep, inputs.width, inputs.dtype)
+        if key not in CHECKED:
+            alone.certify()
+            CHECKED.add(key)
+        if inputs.row.batch > 1:
+            for one, other in zip(alone.first_image(), self.first_image(), strict=True):
+                assert torch.equal(one, other), "the first image differs between a batch and alone"
+
+    def first_image(self) -> tuple[Tensor, ...]:
+        result = self.ours()
+        if isinstance(result, tuple):
+            return tuple(part[:1] for part in result)
+        assert isinstance(result, Tensor)
+        return (result[: self.inputs.row.keep] if self.op == "prune_varlen" else result[:1],)
 
 
 def make_case(op: str, inputs: Inputs) -> Case:
@@ -133,15 +193,10 @@ def make_case(op: str, inputs: Inputs) -> Case:
     elif op == "mask_intersect":
         arguments = (inputs.ranking, inputs.mask, k)
         work = testing.mask_intersect_work(row.batch, row.tokens, inputs.ranks, k)
-    elif op == "prune":
-        arguments = (x, inputs.query, k)
-        work = testing.prune_work(*shape, k, size, Q=QUERY_VECTORS)
-    elif op == "prune_varlen":
-        arguments = (x.reshape(-1, inputs.width), inputs.cu_seqlens, inputs.query, [k] * row.batch)
+    elif op in ("prune", "prune_varlen"):
+        packed = (x.reshape(-1, inputs.width), inputs.cu_seqlens, inputs.query, [k] * row.batch)
+        arguments = (x, inputs.query, k) if op == "prune" else packed
         work = testing.prune_work(*shape, k, size, Q=QUERY_VECTORS)
     else:
         raise ValueError(f"op: expected one of {OPS}, got {op!r}")
     return Case(op, arguments, functools.partial(getattr(gates, op), *arguments), work, inputs)
-
-
-OPS = ("query_relevance", "bipartite_match", "gsp", "dpp_map", "qcsp", "mask_intersect", "prune", "prune_varlen")

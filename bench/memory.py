@@ -7,8 +7,7 @@ import sys
 
 import torch
 
-import script_kernels
-from bench import baselines
+from bench.cases import Inputs, Row, make_case
 
 
 def status(name: str) -> int:
@@ -19,22 +18,6 @@ def status(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def call(op: str, variant: str, tokens: torch.Tensor, keep: int) -> None:
-    batch, count, width = tokens.shape
-    relevance = torch.ones(batch, count)
-    query = torch.ones(1, 1, width)
-    survivors = count - count // 4
-    if variant == "ours":
-        arguments = {"qcsp": (tokens, relevance, keep), "gsp": (tokens, survivors), "prune": (tokens, query, keep)}[op]
-        getattr(script_kernels, op)(*arguments)
-    elif op == "qcsp":
-        baselines.qcsp(tokens, relevance, keep)
-    elif op == "gsp":
-        baselines.gsp(tokens, survivors)
-    else:
-        baselines.prune(tokens, query, keep, min(count, 2 * keep), survivors)
-
-
 def measure_here(op: str, variant: str, count: int, keep: int, width: int) -> int:
     """The most that the process held during the call, above what it held before.
 
@@ -42,10 +25,15 @@ def measure_here(op: str, variant: str, count: int, keep: int, width: int) -> in
     higher, that one counts, so the result is never too small; the tokens are made in place to keep that moment low.
     """
     torch.set_num_threads(1)
-    call(op, variant, torch.empty(1, 64, width).normal_(), 4)  # loads what the first call loads
-    tokens = torch.empty(1, count, width).normal_(generator=torch.Generator().manual_seed(0))
-    before = status("VmRSS")
-    call(op, variant, tokens, keep)
+    before = 0
+    for tokens, kept in ((64, 4), (count, keep)):  # the small call loads what a first call loads
+        inputs = Inputs(Row(1, tokens, kept), width, torch.float32, torch.device("cpu"), "gaussian")
+        made = torch.empty(1, tokens, width).normal_(generator=torch.Generator().manual_seed(0))
+        inputs.__dict__["tokens"] = made
+        case = make_case(op, inputs)
+        call = case.ours if variant == "ours" else case.eager()
+        before = status("VmRSS")
+        call()
     return status("VmHWM") - before
 
 

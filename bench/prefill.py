@@ -1,25 +1,23 @@
-"""python -m bench.prefill: time to first token of whole models, with and without pruning. Random weights, no downloads.
+"""python -m bench prefill: time to first token of whole models, with and without pruning. Random weights, no downloads.
 
 A preset is a config and the numbers of tokens to keep; `--config` takes any supported model's config.json instead. The
 runs take turns (unpruned, first keep, second keep, ...), and medians of the rounds are reported, part by part.
 """
 
 import argparse
-import csv
-import functools
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 import transformers
 
 from bench import memory, report
+from bench.targets import Target
 from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inputs
 
 OUT = pathlib.Path(__file__).parent / "out"
@@ -39,14 +37,16 @@ class Preset:
     share: float = 0.0  # pruning over the unpruned LLM prefill, at most
 
 
+def llama(**sizes: int) -> Any:
+    return transformers.LlamaConfig(vocab_size=32064, max_position_embeddings=4096, **sizes)
+
+
 def llava_next_7b() -> Any:
-    text = transformers.LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
-    return transformers.LlavaNextConfig(text_config=text, image_token_index=IMAGE)
+    return transformers.LlavaNextConfig(text_config=llama(), image_token_index=IMAGE)
 
 
 def llava_7b() -> Any:
-    text = transformers.LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
-    return transformers.LlavaConfig(text_config=text, image_token_index=IMAGE)
+    return transformers.LlavaConfig(text_config=llama(), image_token_index=IMAGE)
 
 
 def qwen_7b() -> Any:
@@ -67,22 +67,9 @@ def qwen_7b() -> Any:
 
 def llava_next_tiny() -> Any:
     """LLaVA-NeXT's 5 tiles of 576 tokens, with towers small enough for two CPU cores."""
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
-    text = transformers.LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        vocab_size=32064,
-        max_position_embeddings=4096,
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=336, patch_size=14)
+    text = llama(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12)
     return transformers.LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
 
 
@@ -149,6 +136,34 @@ def make_inputs(model: transformers.PreTrainedModel) -> dict[str, Any]:
 # --- measuring
 
 
+@dataclass
+class Row:
+    """One line of the table. Milliseconds; flops and bytes are counted from the config.
+
+    prune: everything that pruning adds; select: the ops alone, a part of prune.
+    """
+
+    preset: str
+    keep: str
+    visual: int
+    prompt: int
+    tower_ms: float
+    projector_ms: float
+    select_ms: float
+    prune_ms: float
+    llm_ms: float
+    first_token_ms: float
+    gflops: float
+    kv_mib: float
+    peak_mib: float | None
+    llm_speedup: float
+    total_speedup: float
+    rounds: int
+
+
+TIMES = ("tower_ms", "projector_ms", "select_ms", "prune_ms", "llm_ms", "first_token_ms")
+
+
 def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -172,20 +187,9 @@ def projector_time(model: transformers.PreTrainedModel, device: torch.device) ->
             hook.remove()
 
 
-@dataclass
-class Run:
-    """Milliseconds of one prefill. prune: everything pruning adds; select: the ops alone, a part of prune."""
-
-    tower: float
-    projector: float
-    select: float
-    prune: float
-    llm: float
-    total: float
-
-
 @torch.no_grad()
-def run_once(model: transformers.PreTrainedModel, inputs: dict[str, Any], keep: int | None) -> Run:
+def run_once(model: transformers.PreTrainedModel, inputs: dict[str, Any], keep: int | None) -> dict[str, float]:
+    """The milliseconds of one prefill, by TIMES."""
     device = inputs["input_ids"].device
     with projector_time(model, device) as projector:
         start = clock(device)
@@ -204,7 +208,8 @@ def run_once(model: transformers.PreTrainedModel, inputs: dict[str, Any], keep: 
         logits = model(**prefill, use_cache=True, logits_to_keep=1).logits
         logits[:, -1].argmax(-1)
         end = clock(device)
-    return Run(vision - sum(projector), sum(projector), select, prune, end - before, end - start)
+    spent = sum(projector)
+    return dict(zip(TIMES, (vision - spent, spent, select, prune, end - before, end - start), strict=True))
 
 
 def measure_peak(call: Callable[[], object], device: torch.device) -> float | None:
@@ -221,28 +226,6 @@ def measure_peak(call: Callable[[], object], device: torch.device) -> float | No
     return memory.status("VmHWM") / 2**20
 
 
-@dataclass
-class Row:
-    """One line of the table. Milliseconds; flops and bytes are counted from the config."""
-
-    preset: str
-    keep: str
-    visual: int
-    prompt: int
-    tower_ms: float
-    projector_ms: float
-    select_ms: float
-    prune_ms: float
-    llm_ms: float
-    first_token_ms: float
-    gflops: float
-    kv_mib: float
-    peak_mib: float | None
-    llm_speedup: float
-    total_speedup: float
-    rounds: int
-
-
 def measure(
     name: str, config: Any, keeps: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> list[Row]:
@@ -253,35 +236,31 @@ def measure(
     variants: list[int | None] = [None, *(keep for keep in keeps if keep < visual)]
     for keep in variants * 2:
         run_once(model, inputs, keep)
-    runs: dict[int | None, list[Run]] = {keep: [] for keep in variants}
+    runs: dict[int | None, list[dict[str, float]]] = {keep: [] for keep in variants}
     for _ in range(rounds):
         for keep in variants:
             runs[keep].append(run_once(model, inputs, keep))
     rows: list[Row] = []
+    full: dict[str, float] = {}
     for keep in variants:
-        part = {field: statistics.median(getattr(r, field) for r in runs[keep]) for field in asdict(runs[keep][0])}
-        prompt = text + (visual if keep is None else keep)
-        full = rows[0] if rows else None
-        rows.append(
-            Row(
-                preset=name,
-                keep="all" if keep is None else str(keep),
-                visual=prompt - text,
-                prompt=prompt,
-                tower_ms=part["tower"],
-                projector_ms=part["projector"],
-                select_ms=part["select"],
-                prune_ms=part["prune"],
-                llm_ms=part["llm"],
-                first_token_ms=part["total"],
-                gflops=(prefill_flops(config, prompt) or float("nan")) / 1e9,
-                kv_mib=kv_cache_bytes(config, prompt, dtype) / 2**20,
-                peak_mib=measure_peak(functools.partial(run_once, model, inputs, keep), device),
-                llm_speedup=full.llm_ms / (part["llm"] + part["prune"]) if full else 1.0,
-                total_speedup=full.first_token_ms / part["total"] if full else 1.0,
-                rounds=rounds,
-            )
+        part = {name: statistics.median(run[name] for run in runs[keep]) for name in TIMES}
+        full = full or part
+        kept = visual if keep is None else keep
+        prompt = text + kept
+        row = Row(
+            preset=name,
+            keep="all" if keep is None else str(keep),
+            visual=kept,
+            prompt=prompt,
+            **part,
+            gflops=(prefill_flops(config, prompt) or float("nan")) / 1e9,
+            kv_mib=kv_cache_bytes(config, prompt, dtype) / 2**20,
+            peak_mib=measure_peak(lambda keep=keep: run_once(model, inputs, keep), device),  # type: ignore[misc]
+            llm_speedup=full["llm_ms"] / (part["llm_ms"] + part["prune_ms"]),
+            total_speedup=full["first_token_ms"] / part["first_token_ms"],
+            rounds=rounds,
         )
+        rows.append(row)
     return rows
 
 
@@ -293,44 +272,30 @@ def table(rows: list[Row]) -> str:
     header += ["GFLOP", "KV MiB", "peak MiB", "LLM x", "total x"]
     lines = []
     for row in rows:
-        times = [row.tower_ms, row.projector_ms, row.select_ms, row.prune_ms, row.llm_ms, row.first_token_ms]
-        cells = [row.preset, row.keep, str(row.prompt), *(f"{t:.2f}" for t in times)]
+        cells = [row.preset, row.keep, str(row.prompt), *(f"{getattr(row, name):.2f}" for name in TIMES)]
         peak = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         cells += [f"{row.gflops:.0f}", f"{row.kv_mib:.1f}", peak, f"{row.llm_speedup:.2f}", f"{row.total_speedup:.2f}"]
         lines.append(cells)
     return report.layout(header, lines)
 
 
-def targets(preset: Preset, rows: list[Row]) -> list[report.Target]:
+def targets(preset: Preset, rows: list[Row]) -> list[Target]:
     full, last = rows[0], rows[-1]
     at = f"{last.preset}, {full.visual} -> {last.visual}: "
     found = []
     if preset.speedup:
-        found.append(report.Target(at + "LLM prefill, pruning included, x faster", preset.speedup, last.llm_speedup))
+        found.append(Target(at + "LLM prefill, pruning included, x faster", preset.speedup, last.llm_speedup))
     if preset.flops:
-        found.append(report.Target(at + "prefill FLOPs, x fewer", preset.flops, full.gflops / last.gflops))
+        found.append(Target(at + "prefill FLOPs, x fewer", preset.flops, full.gflops / last.gflops))
     if preset.share:
         percent = 100 * last.prune_ms / full.llm_ms
-        found.append(
-            report.Target(at + "pruning, % of the unpruned prefill", 100 * preset.share, percent, at_most=True)
-        )
+        found.append(Target(at + "pruning, % of the unpruned prefill", 100 * preset.share, percent, at_most=True))
     return found
 
 
-def write_csv(rows: list[Row], facts: dict[str, str], path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*asdict(rows[0]), *facts])
-        for row in rows:
-            writer.writerow([*asdict(row).values(), *facts.values()])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--preset", action="append", choices=tuple(PRESETS), help="default: all that run on this machine"
-    )
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench prefill", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--preset", action="append", choices=tuple(PRESETS), help="default: all that run here")
     parser.add_argument("--config", type=pathlib.Path, help="folder of a supported model's config.json")
     parser.add_argument("--keep", type=int, action="append", help="with --config: tokens to keep, may be repeated")
     parser.add_argument("--device", type=torch.device, help="for --config; presets choose theirs")
@@ -341,21 +306,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--config and --preset exclude each other")
 
     cuda = torch.cuda.is_available()
-    jobs: list[tuple[str, Any, tuple[int, ...], torch.dtype, torch.device]] = []
+    jobs: dict[str, tuple[Any, tuple[int, ...], torch.dtype, torch.device]] = {}
     if options.config:
         device = options.device or torch.device("cuda" if cuda else "cpu")
         config = transformers.AutoConfig.from_pretrained(options.config, local_files_only=True)
         dtype = BF16 if device.type == "cuda" else FP32
-        jobs.append((options.config.name, config, tuple(options.keep or (64,)), dtype, device))
+        jobs[options.config.name] = (config, tuple(options.keep or (64,)), dtype, device)
     for name in () if options.config else options.preset or PRESETS:
         preset = PRESETS[name]
         if preset.gpu and not cuda:
             print(f"{name}: skipped, needs a CUDA device and torch {torch.__version__} sees none")
             continue
-        device = torch.device("cuda" if preset.gpu else "cpu")
-        jobs.append((name, preset.config(), preset.keeps, preset.dtype, device))
+        jobs[name] = (preset.config(), preset.keeps, preset.dtype, torch.device("cuda" if preset.gpu else "cpu"))
 
-    for name, config, keeps, dtype, device in jobs:
+    for name, (config, keeps, dtype, device) in jobs.items():
         facts = report.environment(device) | {
             "transformers": transformers.__version__,
             "dtype": str(dtype).removeprefix("torch."),
@@ -367,10 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name in PRESETS and targets(PRESETS[name], rows):
             print("\n" + report.target_table(targets(PRESETS[name], rows)))
         path = options.out / f"prefill-{name}.csv"
-        write_csv(rows, facts, path)
+        header = [field.name for field in fields(Row)]
+        report.write_rows(header, (asdict(row).values() for row in rows), facts, path)
         print(f"\nwritten: {path}\n", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

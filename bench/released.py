@@ -1,8 +1,10 @@
-"""`python -m bench.released`: what the released selection rule costs against the exact greedy, as log-determinants.
+"""python -m bench released: what the released selection rule costs against the exact greedy, as log-determinants.
 
 For each kind of tokens: 576 tokens of width 256, relevance in [0.1, 1] from four query vectors, 64 picks. The log-det
 of the block of the float64 kernel that the picks choose is what greedy MAP tries to make large.
 """
+
+import argparse
 
 import torch
 
@@ -17,7 +19,8 @@ def log_det(kernel: torch.Tensor, picks: torch.Tensor) -> float:
     return float(torch.linalg.slogdet(kernel[picks][:, picks]).logabsdet)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser(prog="python -m bench released", description=__doc__).parse_args(arguments)
     print(f"N {TOKENS}, D {WIDTH}, k {PICKS}, float32, torch {torch.__version__}")
     print(f"{'tokens':10} {'exact greedy':>13} {'released rule':>14} {'relevance top-k':>16} {'picks in common':>16}")
     for kind in testing.KINDS:
@@ -31,7 +34,4 @@ def main() -> None:
         common = len(set(exact[0].tolist()) & set(released[0].tolist()))
         scores = [log_det(kernel[0], picks[0]) for picks in (exact, released, top)]
         print(f"{kind:10} {scores[0]:13.1f} {scores[1]:14.1f} {scores[2]:16.1f} {common:16d}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

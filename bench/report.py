@@ -4,13 +4,22 @@ import csv
 import dataclasses
 import datetime
 import math
+import os
 import pathlib
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import script_kernels
+
+if TYPE_CHECKING:
+    from bench.targets import Target
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Result:
     reference: float  # median of the variant that the ratio is taken against, same interleaved run
     flop_floor: float
     byte_floor: float
+    floor_from: str  # the product and the copy that the floors stand on, with the rates that they reached
 
     @property
     def case(self) -> tuple[str, int, int, int, int, str, int]:
@@ -44,46 +54,33 @@ class Result:
 
     @property
     def floor_share(self) -> float:
-        """The larger floor over the median: 1 is the hardware's limit."""
+        """The larger floor over the median: 1 is as fast as the product or the copy that the floor stands on."""
         return max(self.flop_floor, self.byte_floor) / self.median
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A figure that the project set itself."""
-
-    what: str
-    wanted: float
-    measured: float
-    at_most: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
 
 
 CSV_FIELDS = [field.name for field in dataclasses.fields(Result)] + ["ratio", "floor_share"]
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a reader needs to know to believe a number."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=pathlib.Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "device": name,
+    """What a reader needs to know to believe a number. COMMIT names the commit where git cannot."""
+    commit = os.environ.get("COMMIT", "")
+    if not commit and shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit or "not a git checkout",
+        "commit": commit or "unknown",
         "script-kernels": script_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "os": platform.system() + " " + platform.machine(),
     }
+    if device.type == "cuda":
+        import triton
+
+        facts |= {"cuda": torch.version.cuda or "none", "triton": triton.__version__}
+    return facts
 
 
 def cpu_name() -> str:
@@ -113,7 +110,8 @@ def layout(header: list[str], rows: list[list[str]]) -> str:
 
 
 def table(results: list[Result]) -> str:
-    """One line per op and shape: ours with its quantiles, the other variants' medians, the floors, the ratio."""
+    """One line per op and shape: ours with its quantiles, the others' medians, the floors, the ratio; then what the
+    floors stand on."""
     others = [name for name in dict.fromkeys(result.variant for result in results) if name != "ours"]
     header = ["op", "N/k/B", "D", "dtype", "threads", "ours ms", "p20", "p80", *others]
     header += ["flop floor", "byte floor", "x faster", "of floor"]
@@ -128,10 +126,13 @@ def table(results: list[Result]) -> str:
         row += [milliseconds(found[name].median) if name in found else "-" for name in others]
         row += [milliseconds(r.flop_floor), milliseconds(r.byte_floor)]
         rows.append([*row, f"{r.ratio:.2f}", f"{r.floor_share:.0%}"])
-    return layout(header, rows)
+    origins = dict.fromkeys(f"threads {result.threads}: {result.floor_from}" for result in results)
+    return "\n".join(
+        [layout(header, rows), "", "Floors: an op's least work at the rates that these reached:", *origins]
+    )
 
 
-def target_table(targets: list[Target]) -> str:
+def target_table(targets: "list[Target]") -> str:
     rows = [
         [t.what, ("<= " if t.at_most else ">= ") + f"{t.wanted:g}", f"{t.measured:.2f}", "met" if t.met else "NOT MET"]
         for t in targets
@@ -139,36 +140,42 @@ def target_table(targets: list[Target]) -> str:
     return layout(["target", "wanted", "measured", ""], rows)
 
 
-def write_csv(results: list[Result], facts: dict[str, str], path: pathlib.Path) -> None:
-    """The rows; the facts of the run stand in each, so that rows of several runs can be put together."""
+def write_rows(header: Iterable[str], rows: Iterable[Iterable[Any]], facts: dict[str, str], path: pathlib.Path) -> None:
+    """The rows as CSV; the facts of the run stand in each, so that rows of several runs can be put together.
+
+    The file is whole at every moment, so that a run which is cut leaves what it had.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*CSV_FIELDS, *facts])
-        for result in results:
-            writer.writerow([*(getattr(result, name) for name in CSV_FIELDS), *facts.values()])
+        writer.writerow([*header, *facts])
+        writer.writerows([*row, *facts.values()] for row in rows)
+    unfinished.replace(path)
+
+
+def write_csv(results: list[Result], facts: dict[str, str], path: pathlib.Path) -> None:
+    write_rows(CSV_FIELDS, ([getattr(result, name) for name in CSV_FIELDS] for result in results), facts, path)
 
 
 def read_csv(path: pathlib.Path) -> list[Result]:
-    results = []
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            fields = {field.name: field.type(row[field.name]) for field in dataclasses.fields(Result)}  # type: ignore[operator]
-            results.append(Result(**fields))
-    return results
+        rows = list(csv.DictReader(file))
+    kinds = {field.name: field.type for field in dataclasses.fields(Result)}
+    return [Result(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in rows]  # type: ignore[operator]
 
 
 def plot(results: list[Result], facts: dict[str, str], path: pathlib.Path) -> None:
     """One panel per op: the time of every variant at each shape, on a log axis, with the floor as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     ops = list(dict.fromkeys(result.op for result in results))
     variants = list(dict.fromkeys(result.variant for result in results))
     most = max(len({result.case for result in results if result.op == op}) for op in ops)
-    figure, axes = pyplot.subplots(len(ops), 1, figsize=(max(11, 0.8 * most), 2.8 * len(ops) + 0.8), squeeze=False)
+    figure = Figure((max(11, 0.8 * most), 2.8 * len(ops) + 0.8))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(ops), 1, squeeze=False)
     for axis, op in zip(axes[:, 0], ops, strict=True):
         mine = [result for result in results if result.op == op]
         cases = list(dict.fromkeys(result.case for result in mine))
@@ -192,8 +199,9 @@ def plot(results: list[Result], facts: dict[str, str], path: pathlib.Path) -> No
         axis.set_ylabel("ms (p20 to p80)")
         axis.set_title(op, loc="left", fontsize=10)
         axis.legend(fontsize=7, ncols=3)
-    figure.suptitle(f"{facts['device']}, {facts['date']}, commit {facts['commit']}, torch {facts['torch']}", fontsize=9)
+    head = (
+        f"{facts['device']}, {facts['date']}, commit {facts['commit']}, torch {facts['torch']}; floor: least work over "
+    )
+    figure.suptitle(head + "this run's best product or copy", fontsize=9)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Interleaved timing, and the machine's peaks by which a time is judged."""
+"""Interleaved timing, captured graphs, and the machine's peaks by which a time is judged."""
 
 import dataclasses
 import functools
@@ -23,32 +23,34 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """Reached in this run: flop/s of a large matrix product per dtype, byte/s of a copy (read + write)."""
+    """Reached in this run: flop/s of a matrix product per dtype and which product it was, byte/s of a copy (read +
+    write) and which. They are what the floors are measured from; nothing says that no program can do better."""
 
     flops: dict[torch.dtype, float]
+    products: dict[torch.dtype, str]
     bandwidth: float
+    copy: str
 
     def floor(self, flops: float, traffic: float, dtype: torch.dtype) -> tuple[float, float]:
-        """(seconds for the flops, seconds for the bytes), each on its own: the larger one bounds the op."""
+        """(seconds for the flops, seconds for the bytes), each on its own: the larger one counts."""
         return flops / self.flops[dtype], traffic / self.bandwidth
+
+    def origin(self, dtype: torch.dtype) -> str:
+        rate = f"{self.products[dtype]} {self.flops[dtype] / 1e9:.0f} Gflop/s"
+        return f"{rate}, {self.copy} {self.bandwidth / 1e9:.1f} GB/s"
 
 
 def quantiles(samples: list[float]) -> Timing:
     """Order statistics without interpolation, so that each figure is one that was measured."""
     ordered = sorted(samples)
-    last = len(ordered) - 1
-
-    def pick(share: float) -> float:
-        return ordered[round(share * last)]
-
-    return Timing(pick(0.5), pick(0.2), pick(0.8), len(ordered))
+    p20, median, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
+    return Timing(median, p20, p80, len(ordered))
 
 
 class Clock:
     """Times `calls` calls in a row; on CUDA by events, with the L2 cache overwritten before."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.flush = torch.empty(64 << 20, dtype=torch.int32, device=device) if device.type == "cuda" else None
 
     def __call__(self, variant: Variant, calls: int) -> float:
@@ -70,17 +72,12 @@ class Clock:
 
 
 def interleave(
-    variants: dict[str, Variant],
-    device: torch.device,
-    *,
-    seconds: float = 1.0,
-    max_rounds: int = 60,
-    min_rounds: int = 3,
+    variants: dict[str, Variant], device: torch.device, *, seconds: float = 1.0, max_rounds: int = 60
 ) -> dict[str, Timing]:
     """Time the variants in turn (a, b, ..., a, b, ...), so that a drift of the machine meets all of them alike.
 
     Each variant runs twice unmeasured first. A short variant is repeated within its turn until the turn takes about
-    2 ms. The number of rounds is what fits in `seconds` per variant on average, within [min_rounds, max_rounds].
+    2 ms. The number of rounds is what fits in `seconds` per variant on average, within 3 and `max_rounds`.
     """
     clock = Clock(device)
     calls: dict[str, int] = {}
@@ -90,7 +87,7 @@ def interleave(
         estimate = clock(variant, 1)
         calls[name] = max(1, min(1000, int(2e-3 / max(estimate, 1e-9))))
         once += estimate * calls[name]
-    rounds = int(max(min_rounds, min(max_rounds, seconds * len(variants) / once)))
+    rounds = int(max(3, min(max_rounds, seconds * len(variants) / once)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for turn in range(rounds):
@@ -100,6 +97,25 @@ def interleave(
     return {name: quantiles(times) for name, times in samples.items()}
 
 
+def captured(call: Variant) -> Variant:
+    """The call as a CUDA graph; replaying it runs the same kernels on the same memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def linear_product(size: int) -> Variant:
     """A float32 product of size x size matrices by oneDNN, whose kernels use wider vectors than MKL's on some CPUs."""
     layer = torch.utils.mkldnn.to_mkldnn(torch.nn.Linear(size, size).eval())
@@ -107,21 +123,24 @@ def linear_product(size: int) -> Variant:
     return lambda: layer(tokens)
 
 
-def measure_peaks(device: torch.device, *, size: int = 2048, copy_bytes: int = 256 << 20) -> Peaks:
-    """The best of several products (per dtype) and of several copies: the floors of this run stand on these."""
+def measure_peaks(device: torch.device, *, size: int, copy_bytes: int) -> Peaks:
+    """The best of several products (per dtype) and of several copies."""
     clock = Clock(device)
-    flops = {}
+    flops, products = {}, {}
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
     for dtype in dtypes:
         left = torch.randn(size, size, device=device).to(dtype)
         right = torch.randn(size, size, device=device).to(dtype)
-        products: list[Variant] = [functools.partial(torch.mm, left, right)]
+        known = str(dtype).removeprefix("torch.")
+        tried: dict[str, Variant] = {f"{known} torch.mm of {size}": functools.partial(torch.mm, left, right)}
         if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            products.append(linear_product(size))
-        best = min(clock(product, 1) for product in products for _ in range(8))
-        flops[dtype] = 2.0 * size**3 / best
-    flops.setdefault(torch.float16, flops[torch.float32])  # the CPU widens fp16
+            tried[f"{known} oneDNN linear of {size}"] = linear_product(size)
+        best, name = min((clock(product, 1), name) for name, product in tried.items() for _ in range(8))
+        flops[dtype], products[dtype] = 2.0 * size**3 / best, name
+    # The CPU widens fp16.
+    flops.setdefault(torch.float16, flops[torch.float32])
+    products.setdefault(torch.float16, products[torch.float32])
     source = torch.zeros(copy_bytes // 4, device=device)
     target = torch.ones_like(source)
     best = min(clock(lambda: target.copy_(source), 1) for _ in range(8))
-    return Peaks(flops, 2.0 * source.nbytes / best)
+    return Peaks(flops, products, 2.0 * source.nbytes / best, f"copy of {copy_bytes >> 20} MiB")

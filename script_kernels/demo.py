@@ -7,8 +7,10 @@ ops.
 
 import math
 import statistics
+import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.fft import dctn  # type: ignore[import-untyped]
 from skimage import color, data
+from skimage.feature import hog
 from torch import Tensor
 
 import script_kernels
@@ -34,8 +38,11 @@ GSP_DROP = 0.25  # prune's defaults, named because the stages are also run one b
 OVERSAMPLE = 2.0
 WARM_UP, RUNS = 5, 25
 
+MOST_PIXELS = 64_000_000  # a larger picture says less per pixel than its memory costs: 4 bytes each, several times
 PATCH = 16  # side of a patch in the resampled photograph that the descriptor reads
 NOISE = 1e-3  # standard deviations below a tenth of a Lab unit are rounding, not content
+# The orders (a, b) of the DCT that are kept: 0 < a + b < 6.
+LOW = np.array([(a, b) for a in range(6) for b in range(6) if 0 < a + b < 6]).T
 WEIGHTS = {"colour": 1.0, "orientation": 0.5, "frequency": 0.5}
 
 DEFAULT_PHOTO = "astronaut"
@@ -55,14 +62,27 @@ def load_photo(path: Path | None) -> Array:
     if path is None:
         return np.asarray(getattr(data, DEFAULT_PHOTO)())
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # Pillow clips 16-bit greys where it should scale them
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGBA")
+        # A FIFO would wait for its writer, and a device need not end: only files are opened.
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            with Image.open(path) as file:
+                if file.width * file.height > MOST_PIXELS:
+                    raise InputError(
+                        f"--image: expected at most {MOST_PIXELS} pixels, got {file.width} x {file.height} in {path}"
+                    )
+                image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16"):  # Pillow clips 16-bit greys where it should scale them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGBA")
     except UnidentifiedImageError:
         raise InputError(f"--image: expected a picture that Pillow reads, got {path}") from None
-    except OSError as error:
+    except Image.DecompressionBombError:
+        raise InputError(f"--image: expected at most {MOST_PIXELS} pixels, got more in {path}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all three over broken files
         raise InputError(f"--image: expected a readable picture, got {path} ({error})") from None
     white = Image.new("RGBA", image.size, "white")
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
@@ -74,9 +94,9 @@ def describe(photo: Array, grid: int) -> Tensor:
     The photograph is resampled to grid x grid patches of 16 x 16 pixels, in CIE Lab. Three blocks per patch:
 
     - colour: mean and standard deviation of L, a, b, over the patch and over the 3 x 3 patches around it (12);
-    - orientation: 4 x 4 cells of 8 x 8 pixels centred on the patch, in each the gradient's strength by direction
-      (8 bins over 180 degrees), as square roots (128);
-    - frequency: the low-order DCT of L, a, b over those 32 x 32 pixels, mean left out, as signed square roots (60).
+    - orientation: histograms of oriented gradients of L over the 32 x 32 pixels around it, 4 x 4 cells of 8 directions,
+      normalised together, as square roots (128);
+    - frequency: the low-order DCT of L, a, b over those pixels, mean left out, as signed square roots (60).
 
     Each column is centred over the photograph, so that a cosine compares what sets two patches apart from the rest,
     and takes both signs; then scaled to unit variance, and each block to its share in WEIGHTS. A column that does not
@@ -85,9 +105,24 @@ def describe(photo: Array, grid: int) -> Tensor:
     side = grid * PATCH
     resampled = Image.fromarray(photo).resize((side, side), Image.Resampling.LANCZOS)
     lab = color.rgb2lab(np.asarray(resampled)) / 100
-    blocks = {"colour": _colour(lab), "orientation": _orientation(lab[..., 0]), "frequency": _frequency(lab)}
-    tokens = [WEIGHTS[name] * _standardised(block) / math.sqrt(block.shape[1]) for name, block in blocks.items()]
+    tokens = [
+        WEIGHTS[name] * _standardised(block) / math.sqrt(block.shape[1]) for name, block in blocks(lab, grid).items()
+    ]
     return torch.from_numpy(np.concatenate(tokens, 1)).float()
+
+
+def blocks(lab: Array, grid: int) -> dict[str, Array]:
+    """The three blocks of `describe`, each (grid * grid, numbers), before they are centred and weighed."""
+    near, wide, context = (_windows(lab, size) for size in (PATCH, 2 * PATCH, 3 * PATCH))
+    low = dctn(wide, axes=(2, 3), norm="ortho")[:, :, LOW[0], LOW[1]].reshape(len(wide), -1)
+    # Blocks of 4 x 4 cells begin at every cell: every other one is a patch's window.
+    mirrored = np.pad(lab[..., 0], PATCH // 2, mode="reflect")
+    directions = hog(mirrored, 8, (PATCH // 2,) * 2, (4, 4), block_norm="L1", feature_vector=False)[::2, ::2]
+    return {
+        "colour": np.concatenate([f(w, axis=(2, 3)) for w in (near, context) for f in (np.mean, np.std)], 1),
+        "orientation": np.sqrt(directions.reshape(grid * grid, -1)),
+        "frequency": np.sign(low) * np.sqrt(np.abs(low)),
+    }
 
 
 def _windows(image: Array, size: int) -> Array:
@@ -96,37 +131,6 @@ def _windows(image: Array, size: int) -> Array:
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (0, 1))[::PATCH, ::PATCH]
     return windows.reshape(-1, image.shape[2], size, size)
-
-
-def _colour(lab: Array) -> Array:
-    statistics_of = [(w.mean((2, 3)), w.std((2, 3))) for w in (_windows(lab, PATCH), _windows(lab, 3 * PATCH))]
-    return np.concatenate([column for pair in statistics_of for column in pair], 1)
-
-
-def _orientation(lightness: Array, bins: int = 8) -> Array:
-    dy, dx = np.gradient(lightness)
-    position = np.mod(np.arctan2(dy, dx), np.pi) / np.pi * bins
-    lower = np.floor(position)
-    strength = np.hypot(dx, dy)
-    # A direction is shared between the two bins next to it.
-    histogram = np.zeros((*lightness.shape, bins))
-    rows, columns = np.indices(lightness.shape)
-    histogram[rows, columns, lower.astype(int) % bins] = strength * (1 - (position - lower))
-    histogram[rows, columns, (lower.astype(int) + 1) % bins] = strength * (position - lower)
-    cells = _windows(histogram, 2 * PATCH)
-    cells = cells.reshape(-1, bins, 4, PATCH // 2, 4, PATCH // 2).mean((3, 5))
-    return np.sqrt(cells.reshape(len(cells), -1))
-
-
-def _frequency(lab: Array, orders: int = 6) -> Array:
-    size = 2 * PATCH
-    order, x = np.arange(orders)[:, None], np.arange(size)
-    basis = np.cos(np.pi * order * (2 * x + 1) / (2 * size)) * np.sqrt(2 / size)
-    basis[0] /= np.sqrt(2)
-    spectrum = np.einsum("ay,ncyx,bx->ncab", basis, _windows(lab, size), basis, optimize=True)
-    a, b = np.array([(a, b) for a in range(orders) for b in range(orders) if 0 < a + b < orders]).T
-    low = spectrum[:, :, a, b].reshape(len(spectrum), -1)
-    return np.sign(low) * np.sqrt(np.abs(low))
 
 
 def _standardised(columns: Array) -> Array:
@@ -405,9 +409,11 @@ def run(
         raise InputError(f"--grid: expected 2 to 96 patches a side, got {grid}")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise InputError(f"--output: expected a .png file in a folder that exists, got {output}")
+    _progress("reading the photograph ...")
     photo = load_photo(image)
     credit = DEFAULT_CREDIT if image is None else ""
     if model is not None:
+        _progress("loading the model and its features ...")
         photo, tokens, query = _model_features(model, photo, words)
         chosen, box = select(tokens, query, keep), None
         question = f'"{words}": {chosen.query.shape[1]} text tokens'
@@ -418,12 +424,19 @@ def run(
             # For a photograph we do not know, its middle.
             middle = (width // 3, height // 3, max(width // 3, 1), max(height // 3, 1))
             box = DEFAULT_BOX if image is None else middle
+        _progress(f"describing and pruning {grid * grid} patches ...")
         chosen = select(describe(photo, grid), patches_in(box, photo, grid), keep)
         question = f"box {','.join(map(str, box))}: {chosen.query.shape[1]} patches"
         footnote = "Tokens: patch descriptors of colour, orientation and frequency, no training. "
+    _progress(f"timing the stages, {RUNS} runs each ...")
     print(report(photo, question, chosen, time_stages(chosen)))
+    _progress("drawing ...")
     save(draw(photo, box, chosen, footnote + credit, words), output)
     print(f"\nwrote {output}")
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _model_features(model: str, photo: Array, words: str) -> tuple[Array, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 import torch
 
-from bench import baselines, gates, report, runs, timing
+from bench import baselines, cases, gates, report, run, targets, timing
 from bench.cases import DTYPES, OPS, QUICK_ROWS, ROWS, Inputs, Row, make_case
 from script_kernels import reference, testing
 
@@ -50,7 +51,7 @@ def test_quick_run(tmp_path: pathlib.Path) -> None:
     assert {(r.tokens, r.keep, r.batch) for r in results} == {(r.tokens, r.keep, r.batch) for r in QUICK_ROWS}
     assert {r.dtype for r in results} == {"float32", "bfloat16"}
     assert_sound(results)
-    for fact in ("device:", "commit:", "torch:", "peaks with"):
+    for fact in ("device:", "commit:", "torch:", "peaks with", "Floors: "):
         assert fact in done.stdout
     assert all(op in done.stdout for op in OPS)
     assert (tmp_path / "ops-cpu-quick.png").read_bytes().startswith(b"\x89PNG")
@@ -66,10 +67,17 @@ def test_quick_run_against_the_baselines(tmp_path: pathlib.Path) -> None:
     assert_sound(results)
 
 
-def test_an_unknown_op_is_named() -> None:
-    done = run_bench("--ops", "qcsp,nonsense")
+def test_commands() -> None:
+    done = run_bench("run", "--ops", "qcsp,nonsense")
     assert done.returncode == 2
     assert "got nonsense" in done.stderr
+    recorded = str(ROOT / "tests" / "recorded" / "first_run.csv")
+    done = run_bench("compare", recorded, recorded)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "0 slower, 0 missing, 0 faster, beyond noise")
+    assert "--preset" in run_bench("prefill", "--help").stdout
+    done = run_bench("released")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == list(testing.KINDS)
 
 
 @pytest.fixture
@@ -134,39 +142,159 @@ def test_quantiles_are_measured_values() -> None:
     assert (found.p20, found.median, found.p80, found.rounds) == (2.0, 3.0, 5.0, 6)
 
 
-def result(op: str, variant: str, row: Row, median: float, reference_median: float) -> report.Result:
-    return report.Result(
-        op,
-        row.batch,
-        row.tokens,
-        row.keep,
-        1024,
-        "float32",
-        1,
-        variant,
-        median,
-        median,
-        median,
-        5,
-        reference_median,
-        1e-3,
-        1e-4,
-    )
+def result(op: str, variant: str, row: Row, median: float, width: int = 1024, dtype: str = "float32") -> report.Result:
+    times = (median, median, median)
+    case = (row.batch, row.tokens, row.keep, width, dtype, 1)
+    return report.Result(op, *case, variant, *times, 5, 1.0, 1e-3, 1e-4, "a product, a copy")
 
 
 def test_targets_are_judged() -> None:
-    rows = [
-        result("qcsp", "ours", row, 1.0, factor) for row, factor in zip(ROWS, (8.0, 5.9, 4.1, 9.0, 20.0), strict=True)
-    ]
-    assert [target.met for target in runs.speed_targets(rows, ROWS)] == [True, False, True, True, True]
-    gsp = runs.speed_targets([result("gsp", "ours", ROWS[0], 1.6e-3, 1.0)], ROWS)
+    rows = [result("qcsp", "ours", row, 1.0) for row in ROWS]
+    rows += [result("qcsp", "eager", row, factor) for row, factor in zip(ROWS, (8.0, 5.9, 4.1, 9.0, 20.0), strict=True)]
+    assert [target.met for target in targets.judge(rows)] == [True, False, True, True, True]
+    gsp = targets.judge([result("gsp", "ours", ROWS[0], 1.6e-3)])
     assert [(target.met, round(target.measured, 3)) for target in gsp] == [(False, 1.6)]
-    large = [result("prune", "ours", ROWS[4], 0.5, 2.5), result("prune", "bmm of S", ROWS[4], 1.0, 2.5)]
-    assert [target.met for target in runs.speed_targets(large, ROWS)] == [True, True]
+    large = [result("prune", name, ROWS[4], time) for name, time in (("ours", 0.5), ("eager", 2.5), ("bmm of S", 1.0))]
+    assert [target.met for target in targets.judge(large)] == [True, True]
+    growth, share = targets.memory_targets("gsp", (1000, 10), (4000, 61))
+    assert (growth.met, share.met) == (False, True)
+
+
+def test_a_gpus_targets_are_judged_by_its_graphs() -> None:
+    wide = {"width": 4096, "dtype": "bfloat16"}
+    rows = [
+        result("dpp_map", "ours graph", Row(1, 576, 64), 60e-6),
+        result("dpp_map", "eager graph", Row(1, 576, 64), 479e-6),
+        result("dpp_map", "ours graph", Row(8, 576, 64), 61e-6),
+        result("prune", "ours graph", Row(1, 576, 64), 149e-6, **wide),
+        result("prune", "ours graph", Row(1, 576, 64), 1e-6),
+        result("prune", "ours graph", Row(5, 576, 32), 250e-6, **wide),
+        result("prune", "ours", Row(1, 576, 64), 100e-6, **wide),
+        result("prune", "eager", Row(1, 576, 64), 4000e-6, **wide),
+    ]
+    assert {target.what: target.met for target in targets.judge(rows, gpu=True)} == {
+        "H100: dpp_map 576/64/B1 D1024 float32 in a graph: us": True,
+        "H100: dpp_map 576/64/B8 D1024 float32 in a graph: us": False,
+        "H100: prune 576/64/B1 D4096 bfloat16 in a graph: us": True,
+        "H100: prune 576/32/B5 D4096 bfloat16 in a graph: us": False,
+        "H100: dpp_map 576/64/B1 D1024, ours graph: times faster than eager graph": False,
+        "H100: prune 576/64/B1 D4096, ours: times faster than eager": True,
+    }
+
+
+def plan(*arguments: str) -> list[tuple[str, Row, int, str]]:
+    return list(run.plan(run.parse_arguments(list(arguments))))
+
+
+def test_the_plan_holds_every_case_once() -> None:
+    for arguments in ((), ("--cpu",), ("--device", "cuda", "--dtypes", "bfloat16")):
+        found = plan(*arguments)
+        assert len(set(found)) == len(found)
+        assert {op for op, *_ in found} == set(run.CPU_OPS if "--cpu" in arguments else OPS)
+        assert {dtype for op, *_, dtype in found if op == "dpp_map"} == {"float32"}
+    gpu = plan("--device", "cuda", "--dtypes", "bfloat16")
+    assert {row for op, row, *_ in gpu if op == "prune"} == set(cases.GPU_ROWS)
+    judged = {(op, row, width, dtype) for op, row, width, dtype in targets.MICROSECONDS}
+    assert judged <= set(gpu), "a target without a case"
+    first_stage = next(place for place, case in enumerate(gpu) if case[0] not in ("prune", "dpp_map"))
+    assert {case[0] for case in gpu[first_stage:]}.isdisjoint({"prune", "dpp_map"})
+    assert {(op, 1024, dtype) for op, dtype in targets.FASTER} <= {(op, w, dtype) for op, _, w, dtype in plan("--cpu")}
+
+
+def test_what_a_cut_or_failed_run_leaves(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    honest = run.measure
+
+    def measure(case: cases.Case, *rest: object) -> list[report.Result]:
+        if case.op == "gsp":
+            raise AssertionError("a wrong result")
+        if case.op == "bipartite_match":
+            raise KeyboardInterrupt
+        return honest(case, *rest)
+
+    monkeypatch.setattr(run, "measure", measure)
+    arguments = ["--quick", "--rows", "40/6/B1", "--dtypes", "float32", "--out", str(tmp_path)]
+    assert run.main([*arguments, "--ops", "qcsp,gsp,dpp_map"]) == 1
+    assert {row.op for row in report.read_csv(tmp_path / "ops-cpu-quick.csv")} == {"qcsp", "dpp_map"}
+    assert "FAILED gsp 40/6/B1 D32 float32" in capfd.readouterr().err
+    assert run.main([*arguments, "--ops", "qcsp,bipartite_match,dpp_map"]) == 130
+    assert {row.op for row in report.read_csv(tmp_path / "ops-cpu-quick.csv")} == {"qcsp"}
+    assert "stopped: KeyboardInterrupt" in capfd.readouterr().err
+
+
+def test_without_matplotlib_the_rows_are_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ["--quick", "--rows", "40/6/B1", "--ops", "qcsp", "--dtypes", "float32", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["ops-cpu-quick.csv"]
+    assert "no plot" in capfd.readouterr().out
+
+
+def test_floors_say_what_they_stand_on() -> None:
+    peaks = timing.measure_peaks(torch.device("cpu"), size=64, copy_bytes=1 << 20)
+    said = peaks.origin(torch.float32)
+    assert re.fullmatch(r"float32 (torch.mm|oneDNN linear) of 64 \d+ Gflop/s, copy of 1 MiB [\d.]+ GB/s", said)
+    assert peaks.origin(torch.float16) == said, "the CPU widens fp16"
+    assert peaks.origin(torch.bfloat16).startswith("bfloat16 torch.mm of 64 ")
+    flops, traffic = peaks.floor(2e9, 1e9, torch.float32)
+    assert f"{2 / flops:.0f} Gflop/s" in said
+    assert f"{1 / traffic:.1f} GB/s" in said
+    assert "threads 1: a product, a copy" in report.table([result("qcsp", "ours", ROWS[0], 1.0)])
+
+
+def test_the_baselines_select_what_the_ops_select(inputs: Inputs) -> None:
+    """On clear-cut inputs, so that a baseline does not measure something else than ours."""
+    for op in ("mask_intersect", "prune", "dpp_map", "qcsp"):
+        case = make_case(op, inputs)
+        ours = case.ours()
+        assert torch.equal(ours[0] if isinstance(ours, tuple) else ours, case.eager()()), op
+    for op in ("bipartite_match", "query_relevance"):
+        case = make_case(op, inputs)
+        ours, eager = case.ours(), case.eager()()
+        pairs = zip(ours, eager, strict=True) if isinstance(ours, tuple) else [(ours, eager)]
+        for one, other in pairs:
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-4, atol=1e-5)
+    packed = make_case("prune_varlen", inputs)
+    assert torch.equal(packed.ours(), (packed.eager()() + inputs.cu_seqlens[:-1, None]).flatten())
+
+
+def test_the_first_image_is_the_same_in_every_batch() -> None:
+    def tokens(batch: int) -> torch.Tensor:
+        return cases.powerlaw_on(torch.device("cpu"), batch, 60, 32)
+
+    assert torch.equal(tokens(4)[:2], tokens(2))
+    assert not torch.equal(tokens(2)[0], tokens(2)[1])
+    many, one = (Inputs(Row(b, 60, 8), 32, torch.float32, torch.device("cpu"), "powerlaw") for b in (3, 1))
+    for name in ("relevance", "ranking", "mask"):
+        assert torch.equal(getattr(many, name)[:1], getattr(one, name)), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_batch_that_changes_an_image_is_refused(op: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's large batches are held to, with a device that says it is one."""
+    case = make_case(op, inputs)
+    assert inputs.query.shape[0] == 1
+    assert len(inputs.cu_seqlens) == 3
+    object.__setattr__(inputs, "device", torch.device("cuda"))  # all tensors are made
+    monkeypatch.setattr(cases, "CHECKED", set())
+    case.gate()
+    assert len(cases.CHECKED) == 1
+    honest = cases.Case.first_image
+
+    def changed(case: cases.Case) -> tuple[torch.Tensor, ...]:
+        parts = honest(case)
+        return tuple(part.flip(-1) for part in parts) if case.inputs.row.batch > 1 else parts
+
+    monkeypatch.setattr(cases.Case, "first_image", changed)
+    with pytest.raises(AssertionError, match="differs between a batch and alone"):
+        case.gate()
 
 
 def test_csv_keeps_every_digit(tmp_path: pathlib.Path) -> None:
-    written = [result("qcsp", "ours", ROWS[0], 1 / 3, 2 / 3)]
+    written = [result("qcsp", "ours", ROWS[0], 1 / 3)]
     report.write_csv(written, {"device": "a, b"}, tmp_path / "out" / "x.csv")
     assert report.read_csv(tmp_path / "out" / "x.csv") == written
 

@@ -54,7 +54,7 @@ def test_one_slower_case_fails_and_is_named(tmp_path: pathlib.Path, capsys: pyte
     new = changed(tmp_path / "new.csv", lambda row: scaled(row, 1.3 if is_case(row, "gsp", "2", "ours") else 1.0))
     assert compare.main([str(FIRST), str(new)]) == 1
     printed = capsys.readouterr().out
-    assert "SLOWER  gsp B2 49/6 D32 float32, ours: +30.0%, noise explains 5.0%" in printed
+    assert "SLOWER  gsp B2 49/6 D32 float32 1t, ours: +30.0%, noise explains 5.0%" in printed
     assert "1 slower, 0 missing" in printed
 
 
@@ -87,7 +87,7 @@ def test_a_faster_reference_does_not_make_ours_slower(tmp_path: pathlib.Path) ->
 def test_a_missing_case_fails(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = changed(tmp_path / "new.csv", lambda row: None if is_case(row, "prune", "2", "ours") else row)
     assert compare.main([str(FIRST), str(new)]) == 1
-    assert "MISSING prune B2 49/6 D32 float32, ours" in capsys.readouterr().out
+    assert "MISSING prune B2 49/6 D32 float32 1t, ours" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,11 @@ def test_of_a_folder_the_newest_run_of_the_device_counts(
     # The newest run of all is another device's, the oldest is twice as fast.
     changed(tmp_path / "other-2026-03-01" / "results.csv", lambda row: row | {"device": "another"})
     changed(tmp_path / "cpu-z-2025-12-31" / "results.csv", lambda row: scaled(row, 0.5))
-    assert compare.committed(tmp_path, "AMD EPYC").times == compare.read(FIRST).times
-    assert compare.main([str(tmp_path), str(FIRST)]) == 0
-    new = changed(tmp_path / "new.csv", lambda row: row | {"device": "a third"})
-    assert compare.main([str(tmp_path), str(new)]) == 2
-    assert "no committed results of a third" in capsys.readouterr().err
+    # Another run's file of the same day.
+    changed(tmp_path / "cpu-a-2026-02-01" / "others.csv", lambda row: scaled(row, 0.5))
+    assert compare.committed(tmp_path, "results.csv", "AMD EPYC") == compare.read(FIRST)
+    same = shutil.copyfile(FIRST, tmp_path / "results.csv")
+    assert compare.main([str(tmp_path), str(same)]) == 0
+    changed(same, lambda row: row | {"device": "a third"})
+    assert compare.main([str(tmp_path), str(same)]) == 2
+    assert "no committed results.csv of a third" in capsys.readouterr().err

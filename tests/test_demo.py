@@ -1,9 +1,14 @@
 """The demo's picture, its counts, and the tokens it is made from."""
 
+import contextlib
 import math
+import os
 import pathlib
 import re
+import struct
 import sys
+import warnings
+import zlib
 
 import pytest
 import torch
@@ -12,7 +17,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 
 import numpy as np
+import scipy.fft
 from PIL import Image
+from skimage import color
+from skimage.feature import hog
 
 import script_kernels
 from script_kernels import cli, demo
@@ -139,12 +147,93 @@ def test_a_descriptor_says_what_it_promises() -> None:
         assert tokens[:, columns].square().sum(1).mean() == pytest.approx(demo.WEIGHTS[weight] ** 2, rel=1e-4)
 
 
+def test_blocks_are_those_of_the_libraries() -> None:
+    """A patch's orientations and frequencies, from its 32 x 32 pixels alone, where they do not touch the edge."""
+    photo = demo.load_photo(None)
+    grid, at = 8, 3 * 8 + 4
+    resampled = Image.fromarray(photo).resize((128, 128), Image.Resampling.LANCZOS)
+    lab = color.rgb2lab(np.asarray(resampled)) / 100
+    window = lab[3 * 16 - 8 : 5 * 16 - 8, 4 * 16 - 8 : 6 * 16 - 8]
+    blocks = demo.blocks(lab, grid)
+    spectrum = scipy.fft.dctn(window[..., 1], norm="ortho")
+    expected = np.sign(spectrum[0, 1]) * np.sqrt(abs(spectrum[0, 1]))
+    assert blocks["frequency"][at, 20] == pytest.approx(expected, abs=1e-9)
+    inside = hog(window[..., 0], 8, (8, 8), (4, 4), block_norm="L1").reshape(4, 4, 8)
+    found = np.square(blocks["orientation"][at]).reshape(4, 4, 8)
+    # The window's own gradients end at its border: compare the direction that leads in the cells within.
+    assert (inside.argmax(2) == found.argmax(2))[1:3, 1:3].all()
+    assert found.sum() == pytest.approx(1, abs=1e-3)
+
+
 def test_a_mirrored_photograph_is_described_alike() -> None:
     """Colour statistics do not depend on direction: the patch is read where it stands."""
     photo = demo.load_photo(None)
     tokens = demo.describe(photo, 8).reshape(8, 8, -1)[..., :12]
     mirrored = demo.describe(photo[:, ::-1].copy(), 8).reshape(8, 8, -1)[..., :12]
     assert torch.allclose(mirrored.flip(1), tokens, atol=1e-3)
+
+
+def refuse(path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said, in one line, of a picture that cannot be used."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--image", str(path), "--output", str(path.parent / "o.png")])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert err.endswith(lines[0] + "\n")
+    assert not (path.parent / "o.png").exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize("side", [8001, 14_000, 60_000])
+def test_a_decompression_bomb_is_refused_unread(
+    side: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A PNG whose header promises side x side pixels; Pillow warns from 89 million on and refuses from 179 million."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    path = tmp_path / "bomb.png"
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "--image: expected at most 64000000 pixels, got " in refuse(path, capsys)
+
+
+def test_fifos_and_devices_are_not_opened(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "fifo.png")  # nobody writes: opening it would wait for ever
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    for name in ("fifo", "endless", "loop"):
+        assert "--image: expected a readable picture, got " in refuse(tmp_path / f"{name}.png", capsys)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_a_damaged_picture_is_refused_or_drawn(kind: str, tmp_path: pathlib.Path) -> None:
+    """Cut, or with bytes changed: InputError or a picture, nothing else."""
+    path = tmp_path / "whole"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path, format=kind)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(1)
+    for turn in range(60):
+        changed = bytearray(whole)
+        for place in rng.integers(0, len(whole) if turn % 2 else 120, 4):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed[: rng.integers(1, len(whole)) if turn % 3 == 0 else None])
+        with contextlib.suppress(demo.InputError):
+            assert demo.load_photo(path).ndim == 3
+
+
+def test_progress_goes_to_stderr(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--grid", "4", "--keep", "4", "--output", str(tmp_path / "o.png")]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("photograph")
+    assert [line.split()[0] for line in err.splitlines()] == ["reading", "describing", "timing", "drawing"]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,11 @@ False until somebody asks, and asking would specialise the program on this size:
 condition `is False`, and the compiled program is checked by the op when it runs.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 
-from .options import GspOptions, PruneOptions, check_finite, check_int
+from .options import GspOptions, PruneOptions, check_finite, check_int, check_keeps
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -178,12 +177,7 @@ def prune_varlen(
         raise ValueError(f"cu_seqlens: expected shape (S + 1,), got {_shape(cu_seqlens)}")
     _on_device(cu_seqlens, "cu_seqlens", tokens)
     count = cu_seqlens.shape[0] - 1
-    if isinstance(keep, torch.Tensor) or not isinstance(keep, Sequence):
-        raise TypeError(f"keep: expected a sequence of ints, got {type(keep).__name__}")
-    for s, kept in enumerate(keep):
-        check_int(kept, f"keep[{s}]")
-        if (kept >= 0) is False:
-            raise ValueError(f"keep[{s}]: expected keep[{s}] >= 0, got {kept}")
+    check_keeps(keep)
     if (len(keep) == count) is False:
         raise ValueError(f"keep: expected one count per segment, S = {count}, got {len(keep)} counts")
     if query is not None:
@@ -199,19 +193,4 @@ def prune_varlen(
 
 def segments(starts: Sequence[int], total: int, keep: Sequence[int], options: PruneOptions) -> None:
     """Checks the values of `cu_seqlens` (as a list) against the tokens and `keep`; call `prune_varlen` first."""
-    if starts[0] != 0:
-        raise ValueError(f"cu_seqlens: expected a start at 0, got {starts[0]}")
-    for before, after in itertools.pairwise(starts):
-        if after < before:
-            raise ValueError(f"cu_seqlens: expected ascending values, got {after} after {before}")
-    if starts[-1] != total:
-        raise ValueError(f"cu_seqlens: expected an end at T = {total}, got {starts[-1]}")
-    for s, kept in enumerate(keep):
-        length = starts[s + 1] - starts[s]
-        if length == 0:
-            if kept != 0:
-                raise ValueError(f"keep[{s}]: expected 0 for an empty segment, got {kept}")
-            continue
-        if not 1 <= kept <= length:
-            raise ValueError(f"keep[{s}]: expected 1 <= keep[{s}] <= {length}, the segment's length, got {kept}")
-        options.check_drop(length)
+    options.check_segments(starts, total, keep)

@@ -4,7 +4,9 @@ Every face builds one from the keywords that its users write and hands it on who
 same counts. Needs neither PyTorch nor NumPy.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 COMBINE = ("intersect", "restrict")
@@ -25,6 +27,16 @@ def check_number(value: object, argument: str) -> None:
     """Raises TypeError unless the value is a float or an int, or that of a traced program."""
     if not (isinstance(value, (float, int)) or is_symbolic(value)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a float, got {type(value).__name__}")
+
+
+def check_keeps(keep: object) -> None:
+    """Raises unless `keep` is a sequence of counts; a tensor or an array is none."""
+    if not isinstance(keep, Sequence):
+        raise TypeError(f"keep: expected a sequence of ints, got {type(keep).__name__}")
+    for s, kept in enumerate(keep):
+        check_int(kept, f"keep[{s}]")
+        if (kept >= 0) is False:
+            raise ValueError(f"keep[{s}]: expected keep[{s}] >= 0, got {kept}")
 
 
 def check_finite(value: float, argument: str) -> None:
@@ -92,6 +104,25 @@ class PruneOptions(GspOptions):
         if not is_symbolic(n) and not is_symbolic(self.gsp_drop):
             kept = self.gsp_keep(n)
             self.check_reachable(n, kept, f"gsp_drop: {self.gsp_drop} keeps {kept}, which")
+
+    def check_segments(self, starts: Sequence[int], total: int, keep: Sequence[int]) -> None:
+        """Raises ValueError unless `starts` splits `total` rows into segments of which `keep` can be kept."""
+        if starts[0] != 0:
+            raise ValueError(f"cu_seqlens: expected a start at 0, got {starts[0]}")
+        for before, after in itertools.pairwise(starts):
+            if after < before:
+                raise ValueError(f"cu_seqlens: expected ascending values, got {after} after {before}")
+        if starts[-1] != total:
+            raise ValueError(f"cu_seqlens: expected an end at T = {total}, got {starts[-1]}")
+        for s, kept in enumerate(keep):
+            length = starts[s + 1] - starts[s]
+            if length == 0:
+                if kept != 0:
+                    raise ValueError(f"keep[{s}]: expected 0 for an empty segment, got {kept}")
+                continue
+            if not 1 <= kept <= length:
+                raise ValueError(f"keep[{s}]: expected 1 <= keep[{s}] <= {length}, the segment's length, got {kept}")
+            self.check_drop(length)
 
     def gsp_keep(self, n: int) -> int:
         """Tokens that GSP keeps of n."""

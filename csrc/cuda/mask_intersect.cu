@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "common/op_checks.hpp"
+#include "faces/torch_checks.hpp"
 
 namespace script {
 namespace {

@@ -237,7 +237,7 @@ STARTS = np.array([0, 3, 6], np.int32)
             "relevance: expected shape (2, 6), got (2, 5)",
         ),
         (lambda: script_numpy.qcsp(X, np.ones((2, 6)), 2), TypeError, "relevance: expected float32, got float64"),
-        (lambda: script_numpy.gsp(X, 4, rounds=np.float64(1)), TypeError, "rounds: expected an int, got float"),
+        (lambda: script_numpy.gsp(X, 4, rounds=np.float64(1)), TypeError, "rounds: expected an int, got float64"),
         (lambda: script_numpy.prune(X, None, 2, threads=0), ValueError, "threads: expected threads >= 1, got 0"),
         (lambda: script_numpy.gsp(X, 4, threads=1.0), TypeError, "threads: expected an int, got float"),
         (lambda: script_numpy.prune(X, None, 2, combine=3), TypeError, "combine: expected a str, got int"),

@@ -33,11 +33,11 @@ inline float redundancy(int32_t degree, float mean, float density, const GspOpti
 // One image whose rows have been scanned. Keeps exactly `keep` tokens, which the caller has checked that the rounds can
 // reach. mask and score: one entry per token; score is what a token had when last a source, else 0. The image's tile,
 // if it has one, is given the products of the first round.
-inline void gsp_scanned(Image& image, int64_t keep, const GspOptions& options, bool* mask, float* score) {
+inline void gsp_scanned(Image& image, int64_t keep, const GspOptions& options, Truth* mask, float* score) {
   Scratch scratch;
   const int64_t n = image.tokens.count;
   MatchTile* tile = image.tile ? &*image.tile : nullptr;
-  std::fill(mask, mask + n, true);
+  std::fill(mask, mask + n, Truth{1});
   std::fill(score, score + n, 0.0f);
   const int64_t room = split_by_parity_size(n);
   MatchResult result{scratch.take<float>(room), scratch.take<int32_t>(room), scratch.take<int32_t>(room),
@@ -74,13 +74,13 @@ inline void gsp_scanned(Image& image, int64_t keep, const GspOptions& options, b
     // The most redundant go; between equals the lower index stays.
     std::nth_element(candidates, candidates + drop - 1, candidates + sources,
                      [&](int32_t a, int32_t b) { return score[a] > score[b] || (score[a] == score[b] && a > b); });
-    for (int64_t i = 0; i < drop; ++i) mask[candidates[i]] = false;
+    for (int64_t i = 0; i < drop; ++i) mask[candidates[i]] = 0;
     count -= drop;
   }
 }
 
 // One image.
-inline void gsp(const TokenView& tokens, int64_t keep, const GspOptions& options, bool* mask, float* score,
+inline void gsp(const TokenView& tokens, int64_t keep, const GspOptions& options, Truth* mask, float* score,
                 const Parallel& parallel) {
   Image image(tokens, parallel);
   if (options.rounds > 1) image.keep_products();
@@ -88,7 +88,7 @@ inline void gsp(const TokenView& tokens, int64_t keep, const GspOptions& options
 }
 
 // A batch: N entries of mask and score per image.
-inline void gsp(const TokenBatch& tokens, int64_t keep, const GspOptions& options, bool* mask, float* score,
+inline void gsp(const TokenBatch& tokens, int64_t keep, const GspOptions& options, Truth* mask, float* score,
                 const Threads& threads) {
   const int64_t n = tokens.first.count;
   for_each_image(tokens.count, threads, [&](int64_t b, const Parallel& parallel) {

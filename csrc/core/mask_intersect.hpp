@@ -29,13 +29,13 @@ inline void check_ranking(const int64_t* ranking, int64_t ranking_stride, int64_
 
 // One image, strides in elements. ranking: `length` distinct indices into the mask, best first; 1 <= k <= length; out:
 // k values.
-inline void mask_intersect(const int64_t* ranking, int64_t ranking_stride, int64_t length, const bool* mask,
+inline void mask_intersect(const int64_t* ranking, int64_t ranking_stride, int64_t length, const Truth* mask,
                            int64_t mask_stride, int64_t k, int64_t* out) {
   int64_t taken = 0;
   for (const bool kept : {true, false}) {
     for (int64_t p = 0; p < length && taken < k; ++p) {
       const int64_t i = ranking[p * ranking_stride];
-      if (mask[i * mask_stride] == kept) out[taken++] = i;
+      if ((mask[i * mask_stride] != 0) == kept) out[taken++] = i;
     }
   }
   std::sort(out, out + k);
@@ -43,7 +43,7 @@ inline void mask_intersect(const int64_t* ranking, int64_t ranking_stride, int64
 
 // A batch of rankings of `length` entries and masks of n: k values of `out` per image. Throws what check_ranking
 // throws.
-inline void mask_intersect(const ValueBatch<int64_t>& ranking, int64_t length, const ValueBatch<bool>& mask, int64_t n,
+inline void mask_intersect(const ValueBatch<int64_t>& ranking, int64_t length, const ValueBatch<Truth>& mask, int64_t n,
                            int64_t batch, int64_t k, int64_t* out, const Threads& threads) {
   for_each_item(batch, threads, [&](int64_t b) {
     check_ranking(ranking[b], ranking.stride, length, n);

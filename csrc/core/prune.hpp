@@ -53,7 +53,7 @@ inline void prune(const PruneInput& input, int64_t keep, const PruneOptions& opt
     bad_aligned = in_query_space.bad;
   }
 
-  bool* survives = image.scratch.take<bool>(n, true);
+  Truth* survives = image.scratch.take<Truth>(n, 1);
   const int64_t survivors = gsp_keep(n, options.gsp_drop);
   if (survivors < n) {
     image.keep_products();

@@ -10,13 +10,13 @@ inline constexpr float kConstantSpread = 1e-6f;
 
 struct Query {
   TokenView vectors;
-  const bool* mask = nullptr;  // null: all vectors count
+  const Truth* mask = nullptr;  // null: all vectors count
   int64_t mask_stride = 0;
 };
 
 struct QueryBatch {
   TokenBatch vectors;
-  ValueBatch<bool> mask;  // data null: all vectors count
+  ValueBatch<Truth> mask;  // data null: all vectors count
   Query operator[](int64_t b) const { return {vectors[b], mask.data == nullptr ? nullptr : mask[b], mask.stride}; }
 };
 
@@ -29,7 +29,7 @@ inline void mean_direction(const Query& query, bool negate, float* direction) {
   float* buffer = scratch.take<float>(width);
   int64_t used = 0;
   for (int64_t q = 0; q < query.vectors.count; ++q) {
-    if (query.mask != nullptr && !query.mask[q * query.mask_stride]) continue;
+    if (query.mask != nullptr && query.mask[q * query.mask_stride] == 0) continue;
     ++used;
     const float* x = query.vectors.row(q, buffer);
     double squares = 0.0;

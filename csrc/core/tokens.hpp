@@ -73,6 +73,10 @@ struct ValueBatch {
   const T* operator[](int64_t b) const { return data + b * image_stride; }
 };
 
+// A byte of a mask. Whoever views bytes as bools may bring others than 0 and 1, which a C++ bool must not hold: what is
+// not 0 is true.
+using Truth = uint8_t;
+
 // Statistics of the rows, in token order.
 struct RowTable {
   float* inverse_norm = nullptr;  // of the scaled row; 0 for a zero or bad row

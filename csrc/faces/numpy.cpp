@@ -65,9 +65,13 @@ cpu::ValueBatch<T> values_of(const Array<T>& array) {
   return {array.data(), array.shape(0) == 1 ? 0 : array.strides(0) / size, array.strides(1) / size};
 }
 
+cpu::ValueBatch<cpu::Truth> truths_of(const py::array& mask) {
+  return {static_cast<const cpu::Truth*>(mask.data()), mask.shape(0) == 1 ? 0 : mask.strides(0), mask.strides(1)};
+}
+
 cpu::QueryBatch query_of(const py::array& query, const std::optional<Array<bool>>& mask) {
   cpu::QueryBatch batch{batch_of(query), {}};
-  if (mask.has_value()) batch.mask = values_of(*mask);
+  if (mask.has_value()) batch.mask = truths_of(*mask);
   return batch;
 }
 
@@ -140,7 +144,7 @@ std::tuple<Array<bool>, Array<float>> gsp(const py::array& tokens, int64_t keep,
                                           int64_t min_degree, int64_t rounds, int64_t threads) {
   Array<bool> mask({tokens.shape(0), tokens.shape(1)});
   Array<float> redundancy({tokens.shape(0), tokens.shape(1)});
-  bool* mask_data = mask.mutable_data();
+  cpu::Truth* mask_data = reinterpret_cast<cpu::Truth*>(mask.mutable_data());
   float* redundancy_data = redundancy.mutable_data();
   const cpu::TokenBatch batch = batch_of(tokens);
   {
@@ -184,7 +188,7 @@ Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& 
   Array<int64_t> out({batch, k});
   int64_t* kept = out.mutable_data();
   const cpu::ValueBatch<int64_t> rankings = values_of(ranking);
-  const cpu::ValueBatch<bool> masks = values_of(mask);
+  const cpu::ValueBatch<cpu::Truth> masks = truths_of(mask);
   py::gil_scoped_release release;
   cpu::mask_intersect(rankings, length, masks, n, batch, k, kept, threads_of(threads));
   return out;

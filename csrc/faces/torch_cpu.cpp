@@ -53,9 +53,14 @@ cpu::ValueBatch<T> values_of(const Tensor& tensor) {
   return {tensor.const_data_ptr<T>(), tensor.size(0) == 1 ? 0 : tensor.stride(0), tensor.stride(1)};
 }
 
+cpu::ValueBatch<cpu::Truth> truths_of(const Tensor& mask) {
+  return {static_cast<const cpu::Truth*>(mask.const_data_ptr()), mask.size(0) == 1 ? 0 : mask.stride(0),
+          mask.stride(1)};
+}
+
 cpu::QueryBatch query_of(const Tensor& query, const std::optional<Tensor>& mask) {
   cpu::QueryBatch batch{batch_of(query), {}};
-  if (mask.has_value()) batch.mask = values_of<bool>(*mask);
+  if (mask.has_value()) batch.mask = truths_of(*mask);
   return batch;
 }
 
@@ -64,6 +69,29 @@ Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty({shape.begin(), shape.size()}, dtype, std::nullopt,
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
+
+// ---- strings ----------------------------------------------------------------------------------------------------
+
+// A string argument, which the boxed kernel owns. Asked for a std::string, the stable ABI of torch 2.10 to 2.13 at
+// least copies the text to one that nobody frees.
+class OwnedString {
+ public:
+  explicit OwnedString(StringHandle handle) : handle_(handle) {}
+  ~OwnedString() { torch_delete_string(handle_); }
+  OwnedString(const OwnedString&) = delete;
+  OwnedString& operator=(const OwnedString&) = delete;
+
+  std::string text() const {
+    size_t length = 0;
+    const char* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
+    return {data, length};
+  }
+
+ private:
+  StringHandle handle_;
+};
 
 // ---- threads ----------------------------------------------------------------------------------------------------
 
@@ -113,7 +141,7 @@ std::tuple<Tensor, Tensor> gsp(const Tensor& tokens, int64_t keep, double thresh
   Tensor mask = empty({tokens.size(0), tokens.size(1)}, ScalarType::Bool);
   Tensor redundancy = empty({tokens.size(0), tokens.size(1)}, ScalarType::Float);
   cpu::gsp(batch_of(tokens), keep, cpu::gsp_options(threshold, gamma, min_degree, rounds),
-           mask.mutable_data_ptr<bool>(), redundancy.mutable_data_ptr<float>(), threads());
+           static_cast<cpu::Truth*>(mask.mutable_data_ptr()), redundancy.mutable_data_ptr<float>(), threads());
   return {mask, redundancy};
 }
 
@@ -145,15 +173,17 @@ Tensor mask_intersect(const Tensor& ranking, const Tensor& mask, int64_t k) {
   check_mask_intersect(ranking, mask, k);
   const int64_t batch = ranking.size(0);
   Tensor out = empty({batch, k}, ScalarType::Long);
-  cpu::mask_intersect(values_of<int64_t>(ranking), ranking.size(1), values_of<bool>(mask), mask.size(1), batch, k,
+  cpu::mask_intersect(values_of<int64_t>(ranking), ranking.size(1), truths_of(mask), mask.size(1), batch, k,
                       out.mutable_data_ptr<int64_t>(), threads());
   return out;
 }
 
 Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
              const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, bool negate,
-             double gsp_drop, double oversample, const std::string& combine, double threshold, double gamma,
+             double gsp_drop, double oversample, StringHandle combine_handle, double threshold, double gamma,
              int64_t min_degree, int64_t rounds) {
+  const OwnedString owned(combine_handle);
+  const std::string combine = owned.text();
   check_prune(tokens, query, keep, aligned, query_mask, gsp_drop, oversample, combine, threshold, gamma, min_degree,
               rounds);
   Tensor out = empty({tokens.size(0), keep}, ScalarType::Long);
@@ -168,8 +198,10 @@ Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t k
 
 Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::optional<Tensor>& query,
                     std::vector<int64_t> keep, const std::optional<Tensor>& aligned, bool negate, double gsp_drop,
-                    double oversample, const std::string& combine, double threshold, double gamma, int64_t min_degree,
+                    double oversample, StringHandle combine_handle, double threshold, double gamma, int64_t min_degree,
                     int64_t rounds) {
+  const OwnedString owned(combine_handle);
+  const std::string combine = owned.text();
   check_prune_varlen(tokens, cu_seqlens, query, keep, aligned, gsp_drop, oversample, combine, threshold, gamma,
                      min_degree, rounds);
   const std::vector<int64_t> starts = check_segments(cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.stride(0),

@@ -68,7 +68,7 @@ int main(int argc, char** argv) {
 
   std::vector<char> mask(static_cast<size_t>(n));
   std::vector<float> score(static_cast<size_t>(n));
-  cpu::gsp(tokens, keep, {}, reinterpret_cast<bool*>(mask.data()), score.data(), cpu::serial);
+  cpu::gsp(tokens, keep, {}, reinterpret_cast<cpu::Truth*>(mask.data()), score.data(), cpu::serial);
   write(std::vector<int64_t>(mask.begin(), mask.end()));
   return 0;
 }

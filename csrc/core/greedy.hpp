@@ -28,7 +28,9 @@
 
 namespace script::cpu {
 
-// Residuals at or below this fraction of the largest K_ii count as zero: the rank is exhausted.
+// Residuals at or below this fraction of the largest K_ii count as zero: the rank is exhausted. A token equal to the
+// first pick is left with at most 11 half-ulps of its K_jj (one rounding of K_ij = r_i r_j, half of that of K_ii, root,
+// division and product, all of it squared, and K_jj's own), 6.6e-7: below it, whatever the relevances.
 inline constexpr float kRankTolerance = 1e-6f;
 
 inline constexpr uint8_t kNoTier = 254;    // bad tokens: no pivot, picked last

@@ -18,10 +18,11 @@ inline constexpr int32_t kHole = -1;  // a position without a token
 // the first `packed` positions, whole panels, can be asked for as panels; rows can be had of all.
 class PackedTokens {
  public:
+  // `squares` (may be null) gets the raw product of each packed position with itself.
   PackedTokens(const TokenView& tokens, const RowTable& table, const int32_t* ids, int64_t positions, int64_t packed,
-               Scratch& scratch, const Parallel& parallel)
+               Scratch& scratch, const Parallel& parallel, float* squares = nullptr)
       : tokens_(tokens), table_(table), ids_(ids), positions_(positions), bf16_(uses_bf16(tokens.dtype)) {
-    depth_ = bf16_ ? (tokens.width + 1) / 2 : tokens.width;  // in 32-bit words
+    depth_ = bf16_ ? (tokens_.width + 1) / 2 : tokens_.width;  // in 32-bit words
     zero_row_ = scratch.take<float>(depth_, 0.0f);
     panels_ = scratch.take<float>(packed / kPanel * panel_size());
     parallel(packed / kPanel, grain_for(8 * panel_size()), [&](int64_t begin, int64_t end) {
@@ -34,6 +35,7 @@ class PackedTokens {
         for (int c = 0; c < count; ++c) members[c] = static_cast<int32_t>(p * kPanel + c);
         rows(members, count, buffer, pointers);
         pack_rows(pointers, count, panels_ + p * panel_size());
+        if (squares != nullptr) square_panel(p, squares + p * kPanel);
       }
     });
   }
@@ -79,6 +81,15 @@ class PackedTokens {
         out[r] = x;
       }
       if (out[r] == next) next += depth_;
+    }
+  }
+
+  // Of a packed panel: each column's raw product with itself, as multiply() would take it.
+  void square_panel(int64_t p, float* out) const {
+    if (bf16_) {
+      simd().squares_bf16(reinterpret_cast<const uint16_t*>(panel(p)), depth_ * 2, out);
+    } else {
+      simd().squares(panel(p), depth_, out);
     }
   }
 

@@ -7,13 +7,23 @@
 
 namespace script::cpu {
 
-// Entries of L by position: raw products scaled by r_i / |x_i| * r_j / |x_j|. Products that the bipartite matching has
-// already taken are read from its tile.
+// What the entries of L are made of, by position; all 0 at holes.
+struct TokenWeights {
+  float* weight;     // r / |x|
+  float* relevance;  // 0 for a zero row
+  float* square;     // the raw product of the row with itself
+  PivotWeights pivot(int64_t position) const { return {weight[position], relevance[position], square[position]}; }
+  ColumnWeights columns(int64_t position) const { return {weight + position, relevance + position, square + position}; }
+};
+
+// Entries of L by position: raw products times r_i / |x_i| * r_j / |x_j|, but r_i r_j for equal rows: a norm rounds in
+// its own way, and what is left of a token that equals a pick has to be nothing. Products that the bipartite matching
+// has already taken are read from its tile.
 class TokenSource {
  public:
-  // weight[position] = r / |x|, 0 at holes. `tile` may be null.
-  TokenSource(const PackedTokens& tokens, const float* weight, const MatchTile* tile, Scratch& scratch)
-      : tokens_(tokens), weight_(weight), tile_(tile) {
+  // `tile` may be null.
+  TokenSource(const PackedTokens& tokens, const TokenWeights& weights, const MatchTile* tile, Scratch& scratch)
+      : tokens_(tokens), weights_(weights), tile_(tile) {
     if (tile == nullptr) return;
     offset_ = scratch.take<int32_t>(tokens.positions(), 0);  // a hole has weight 0, whatever it reads
     for (int64_t p = 0; p < tokens.positions(); ++p) {
@@ -59,10 +69,10 @@ class TokenSource {
       }
       tokens.multiply(unknown, count, tokens.panel(p), groups, products);
       for (int u = 0; u < count; ++u) raw[members[u]] = products + u * kPanel;
-      const float* weight = source.weight_ + p * kPanel;
+      const ColumnWeights columns = source.weights_.columns(p * kPanel);
       for (int a = 0; a < m; ++a) {
-        const float own = source.weight_[pivots_[first + a]];
-        simd().weigh_products(raw[a], own, weight, groups * kGroup, out + a * kPanel);
+        const PivotWeights pivot = source.weights_.pivot(pivots_[first + a]);
+        simd().weigh_products(raw[a], pivot, columns, groups * kGroup, out + a * kPanel);
       }
     }
 
@@ -78,7 +88,12 @@ class TokenSource {
       panel_ = scratch.take<float>(tokens_.panel_size());
       tokens_.rows(positions, count, scratch.take<float>(tokens_.row_buffer_size(count)), rows_);
       tokens_.pack_rows(rows_, count, panel_);
-      for (int c = 0; c < kPanel; ++c) weight_[c] = c < count ? source.weight_[positions[c]] : 0.0f;
+      for (int c = 0; c < kPanel; ++c) {
+        const PivotWeights own = c < count ? source.weights_.pivot(positions[c]) : PivotWeights{};
+        weight_[c] = own.weight;
+        relevance_[c] = own.relevance;
+        square_[c] = own.square;
+      }
     }
 
     void rows(const int* members, int m, float* out) const {
@@ -87,7 +102,9 @@ class TokenSource {
       tokens_.multiply(pointers, m, panel_, kPanel / kGroup, out);
       for (int a = 0; a < m; ++a) {
         float* row = out + a * kPanel;
-        simd().weigh_products(row, weight_[members[a]], weight_, kPanel, row);
+        const int c = members[a];
+        simd().weigh_products(row, {weight_[c], relevance_[c], square_[c]}, {weight_, relevance_, square_}, kPanel,
+                              row);
       }
     }
 
@@ -95,18 +112,15 @@ class TokenSource {
     const PackedTokens& tokens_;
     float* panel_;
     const float* rows_[kPanel];
-    float weight_[kPanel];
+    float weight_[kPanel], relevance_[kPanel], square_[kPanel];
   };
 
  private:
   const PackedTokens& tokens_;
-  const float* weight_;
+  TokenWeights weights_;
   const MatchTile* tile_;
   int32_t* offset_ = nullptr;  // per position
 };
-
-// A relevance whose square is not finite makes its token bad.
-inline bool usable_relevance(float r) { return std::isfinite(r * r); }
 
 // A value per token of one image, `stride` elements apart.
 struct Relevance {
@@ -127,7 +141,7 @@ inline void rank_tokens(const Image& image, const Relevance& relevance, const ui
   float largest = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
     const float r = relevance[i];
-    const bool bad = tier[i] == kNoTier || table.bad[i] || !usable_relevance(r);
+    const bool bad = tier[i] == kNoTier || table.bad[i] || !std::isfinite(r);
     tiers[i] = bad ? kNoTier : tier[i];
     usable[i] = bad ? 0.0f : r;
     largest = std::max(largest, std::fabs(usable[i]));
@@ -154,23 +168,28 @@ inline void rank_tokens(const Image& image, const Relevance& relevance, const ui
     order_tokens(steps, 1, 2, n, ids);
     order_tokens(steps, 0, 2, n, ids + second);
   }
-  const PackedTokens packed(image.tokens, table, ids, positions, positions, scratch, image.parallel);
+  float* square = scratch.take<float>(positions);
+  const PackedTokens packed(image.tokens, table, ids, positions, positions, scratch, image.parallel, square);
 
-  float* weight = scratch.take<float>(positions, 0.0f);
+  const TokenWeights weights{scratch.take<float>(positions, 0.0f), scratch.take<float>(positions, 0.0f), square};
   float* diagonal = scratch.take<float>(positions, 0.0f);
   float* priority = scratch.take<float>(positions, 0.0f);
   uint8_t* position_tier = scratch.take<uint8_t>(positions, kHoleTier);
   for (int64_t p = 0; p < positions; ++p) {
     const int32_t token = ids[p];
     if (token == kHole) continue;
-    weight[p] = usable[token] * scale * table.inverse_norm[token];
+    if (table.inverse_norm[token] != 0.0f) {
+      weights.relevance[p] = usable[token] * scale;
+      weights.weight[p] = static_cast<float>(weights.relevance[p] / std::sqrt(static_cast<double>(square[p])));
+    }
     diagonal[p] = value[token];
     priority[p] = usable[token];
     position_tier[p] = tiers[token];
   }
   const GreedyProblem problem{positions, diagonal, ids, priority, position_tier};
-  greedy_map(TokenSource(packed, weight, tile, scratch), problem, k, picks, image.parallel);
-  for (int64_t t = 0; t < k && scale != 1.0f; ++t) picks.gains[t] = picks.gains[t] / scale / scale;
+  greedy_map(TokenSource(packed, weights, tile, scratch), problem, k, picks, image.parallel);
+  // The square of a relevance may be more than fp32 holds: a gain is at most its largest number.
+  for (int64_t t = 0; t < k && scale != 1.0f; ++t) picks.gains[t] = saturate(picks.gains[t] / scale / scale);
 }
 
 // One image: k picks in greedy order.

@@ -47,7 +47,9 @@ constexpr SimdOps make_ops() {
   ops.gemm = gemm;
 #if defined(SCRIPT_SIMD_BF16)
   ops.gemm_bf16 = gemm_bf16;
+  ops.squares_bf16 = squares_bf16;
 #endif
+  ops.squares = squares;
   ops.weigh_products = weigh_products;
   ops.match = match;
   ops.project = project;

@@ -117,6 +117,36 @@ void gemm(const float* const* a, int rows, const float* panel, int groups, int64
   multiply<FloatTile, 1>(a, rows, panel, groups, depth, c);
 }
 
+// The products of a panel's columns with themselves, in the steps and chunks of a register tile. add(sum, p) adds the
+// square of the step's vector at p.
+template <int kWord, typename Element, typename Add>
+[[gnu::always_inline]] inline void square_columns(const Element* panel, int64_t depth, float* square, Add add) {
+  constexpr int kBlock = kPanelVectors < 4 ? kPanelVectors : 4;
+  for (int block = 0; block < kPanelVectors; block += kBlock) {
+    Vec total[kBlock] = {};
+    for (int64_t start = 0; start < depth; start += kChunk) {
+      const int64_t end = depth - start < kChunk ? depth : start + kChunk;
+      Vec sum[kBlock] = {};
+      for (int64_t d = start; d < end; ++d) {
+        SCRIPT_UNROLL(4)
+        for (int v = 0; v < kBlock; ++v) {
+          sum[v] = add(sum[v], panel + (d * kPanel + (block + v) * kFloats) * kWord);
+        }
+      }
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < kBlock; ++v) total[v] = start > 0 ? total[v] + sum[v] : sum[v];
+    }
+    for (int v = 0; v < kBlock; ++v) store(square + (block + v) * kFloats, total[v]);
+  }
+}
+
+void squares(const float* panel, int64_t depth, float* square) {
+  square_columns<1>(panel, depth, square, [](Vec sum, const float* p) {
+    const Vec x = load<Vec>(p);
+    return sum + x * x;
+  });
+}
+
 #if defined(SCRIPT_SIMD_BF16)
 
 // sum += the products of 32-bit pairs of bf16, lane by lane: one processor rounds each of the two products into the sum
@@ -154,11 +184,22 @@ void gemm_bf16(const uint16_t* const* a, int rows, const uint16_t* panel, int gr
   multiply<Bf16Tile, 2>(a, rows, panel, groups, depth / 2, c);
 }
 
+void squares_bf16(const uint16_t* panel, int64_t depth, float* square) {
+  square_columns<2>(panel, depth / 2, square, [](Vec sum, const uint16_t* p) {
+    const Int x = load<Int>(p);
+    return add_pairs(sum, x, x);
+  });
+}
+
 #endif
 
-void weigh_products(const float* raw, float row_weight, const float* weight, int columns, float* out) {
-  for (int c = 0; c < columns; ++c) out[c] = raw[c] * (row_weight * weight[c]);
-  for (int c = columns; c < kPanel; ++c) out[c] = 0.0f;
+void weigh_products(const float* raw, const PivotWeights& pivot, const ColumnWeights& columns, int count, float* out) {
+  for (int c = 0; c < count; ++c) {
+    const bool equal = (raw[c] == pivot.square) & (raw[c] == columns.square[c]);
+    const float product = raw[c] * (pivot.weight * columns.weight[c]);
+    out[c] = equal ? pivot.relevance * columns.relevance[c] : product;
+  }
+  for (int c = count; c < kPanel; ++c) out[c] = 0.0f;
 }
 
 }  // namespace

@@ -31,6 +31,18 @@ struct MatchLanes {
   alignas(64) int32_t above[kGroup];  // how many similarities >= threshold
 };
 
+// What turns raw products into kernel entries r_i r_j cos(x_i, x_j).
+struct PivotWeights {
+  float weight;     // relevance / norm
+  float relevance;  // 0 for a zero row
+  float square;     // raw product of the row with itself
+};
+struct ColumnWeights {
+  const float* weight;
+  const float* relevance;
+  const float* square;
+};
+
 struct Taken {
   int32_t column;
   float left;  // the largest residual after it
@@ -54,8 +66,15 @@ struct SimdOps {
   // 32-bit words makes them. Null where the CPU has no bf16 dot product.
   void (*gemm_bf16)(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c);
 
-  // out[c] = raw[c] * (row_weight * weight[c]) for c < columns, a multiple of kGroup; 0 up to kPanel.
-  void (*weigh_products)(const float* raw, float row_weight, const float* weight, int columns, float* out);
+  // square[c] = the product of column c of a panel with itself, summed as gemm (gemm_bf16) sums it.
+  void (*squares)(const float* panel, int64_t depth, float* square);
+  void (*squares_bf16)(const uint16_t* panel, int64_t depth, float* square);
+
+  // Kernel entries of one pivot with the columns c < count, a multiple of kGroup, from the raw products; 0 up to
+  // kPanel. raw[c] * (pivot.weight * weight[c]); where raw[c] is the square of either side, the rows are equal as far
+  // as fp32 can tell, and it is relevance times relevance.
+  void (*weigh_products)(const float* raw, const PivotWeights& pivot, const ColumnWeights& columns, int count,
+                         float* out);
 
   // Folds columns [0, columns) of a panel of raw products into the source's lanes; similarity = raw * source_weight *
   // weight[c].

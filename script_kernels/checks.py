@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .options import GspOptions, PruneOptions, check_finite, check_int, check_keeps
+from .options import GspOptions, PruneOptions, check_finite, check_int, check_keeps, check_sizes
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,11 +28,15 @@ def _is_tensor(value: object, argument: str, dtype: torch.dtype | None) -> None:
     """A tensor, of this dtype; None: of a floating dtype that the ops take."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{argument}: expected a dense tensor, got {kind}")
     if dtype is None:
         if value.dtype not in FLOATING:
             raise TypeError(f"{argument}: expected float32, bfloat16 or float16, got {_dtype(value.dtype)}")
     elif value.dtype != dtype:
         raise TypeError(f"{argument}: expected {_dtype(dtype)}, got {_dtype(value.dtype)}")
+    check_sizes(value.shape, argument)
 
 
 def _on_device(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_argument: str = "tokens") -> None:

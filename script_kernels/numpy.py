@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .options import GspOptions, PruneOptions, check_finite, check_int, check_keeps
+from .options import GspOptions, PruneOptions, check_finite, check_int, check_keeps, check_sizes
 
 try:
     from . import _core
@@ -352,19 +352,24 @@ def prune_varlen(
 # Checks.
 
 
+def _is_array(value: object, argument: str) -> None:
+    """An array, but none whose elements may be hidden: nothing here would look at its mask."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{argument}: expected a numpy.ndarray, got {type(value).__name__}")
+
+
 def _array(value: Array, argument: str, dtype: npt.DTypeLike) -> Array:
     """An array of this dtype whose strides are whole elements (a field of a record array is copied)."""
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{argument}: expected a numpy.ndarray, got {type(value).__name__}")
+    _is_array(value, argument)
     if value.dtype != dtype:
         raise TypeError(f"{argument}: expected {np.dtype(dtype).name}, got {value.dtype.name}")
+    check_sizes(value.shape, argument)
     whole = value.flags.aligned and all(stride % value.itemsize == 0 for stride in value.strides)
     return value if whole else value.copy()
 
 
 def _tokens(tokens: Array, shape: str = "(B, N, D)") -> Array:
-    if not isinstance(tokens, np.ndarray):
-        raise TypeError(f"tokens: expected a numpy.ndarray, got {type(tokens).__name__}")
+    _is_array(tokens, "tokens")
     if tokens.dtype.name not in ("float32", "bfloat16", "float16") or not tokens.dtype.isnative:
         raise TypeError(f"tokens: expected float32, bfloat16 or float16, got {tokens.dtype.name}")
     if tokens.ndim != shape.count(",") + 1 or tokens.shape[-1] < 1:

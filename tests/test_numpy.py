@@ -238,6 +238,17 @@ STARTS = np.array([0, 3, 6], np.int32)
         ),
         (lambda: script_numpy.qcsp(X, np.ones((2, 6)), 2), TypeError, "relevance: expected float32, got float64"),
         (lambda: script_numpy.gsp(X, 4, rounds=np.float64(1)), TypeError, "rounds: expected an int, got float64"),
+        (lambda: script_numpy.gsp(X, 4, rounds=1000), ValueError, "rounds: expected rounds <= 100, got 1000"),
+        (
+            lambda: script_numpy.dpp_map(np.broadcast_to(np.float32(1), (1, 2**25, 2**25)), 1),
+            ValueError,
+            f"kernel: expected sizes up to {2**24}, got (1, {2**25}, {2**25})",
+        ),
+        (
+            lambda: script_numpy.prune(np.ma.masked_array(X, X == 0), None, 2),
+            TypeError,
+            "tokens: expected a numpy.ndarray, got MaskedArray",
+        ),
         (lambda: script_numpy.prune(X, None, 2, threads=0), ValueError, "threads: expected threads >= 1, got 0"),
         (lambda: script_numpy.gsp(X, 4, threads=1.0), TypeError, "threads: expected an int, got float"),
         (lambda: script_numpy.prune(X, None, 2, combine=3), TypeError, "combine: expected a str, got int"),

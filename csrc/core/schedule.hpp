@@ -34,11 +34,14 @@ inline bool rounds_suffice(int64_t n, int64_t keep, int64_t rounds) {
   return left == 0;
 }
 
-// The smallest number of rounds that suffices, for 1 <= keep <= n.
+// A round is a matching of all that is left. A hundred of them get to one token in a hundred; more would only be time.
+inline constexpr int64_t kMostRounds = 100;
+
+// The smallest number of rounds that suffices, for 1 <= keep <= n; kMostRounds + 1 if none that is allowed does.
 inline int64_t rounds_needed(int64_t n, int64_t keep) {
   // The last round drops about left / rounds of at most 2 keep + 1 tokens, so fewer rounds than this cannot do.
-  int64_t rounds = std::max<int64_t>(1, (n - keep) / (keep + 2));
-  while (!rounds_suffice(n, keep, rounds)) ++rounds;
+  int64_t rounds = std::max<int64_t>(1, std::min((n - keep) / (keep + 2), kMostRounds + 1));
+  while (rounds <= kMostRounds && !rounds_suffice(n, keep, rounds)) ++rounds;
   return rounds;
 }
 

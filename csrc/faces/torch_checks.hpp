@@ -72,11 +72,23 @@ inline std::string dtype_text(ScalarType dtype) {
   }
 }
 
+// No dimension of any argument is larger. Positions and counts are then exact in int32 and fp32, and a view of stride
+// 0, which may claim any size without having it, cannot ask for work without end.
+inline constexpr int64_t kMostSize = int64_t{1} << 24;
+
+inline void check_sizes(const Tensor& tensor, const char* argument) {
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    SCRIPT_CHECK(tensor.size(d) <= kMostSize, argument, text("sizes up to ", kMostSize), shape_text(tensor));
+  }
+}
+
 inline void check_dtype(const Tensor& tensor, const char* argument, ScalarType dtype) {
+  check_sizes(tensor, argument);
   SCRIPT_CHECK(tensor.scalar_type() == dtype, argument, dtype_text(dtype), dtype_text(tensor.scalar_type()));
 }
 
 inline void check_floating(const Tensor& tensor, const char* argument) {
+  check_sizes(tensor, argument);
   const ScalarType dtype = tensor.scalar_type();
   SCRIPT_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, argument,
                "float32, bfloat16 or float16", dtype_text(dtype));
@@ -141,6 +153,7 @@ inline void check_gsp_parameters(double threshold, double gamma, int64_t min_deg
   check_finite(gamma, "gamma");
   SCRIPT_CHECK(min_degree >= 0, "min_degree", "min_degree >= 0", min_degree);
   SCRIPT_CHECK(rounds >= 1, "rounds", "rounds >= 1", rounds);
+  SCRIPT_CHECK(rounds <= cpu::kMostRounds, "rounds", text("rounds <= ", cpu::kMostRounds), rounds);
 }
 
 // What `prune` and `prune_varlen` share.
@@ -153,8 +166,11 @@ inline void check_prune_parameters(double gsp_drop, double oversample, const std
 
 inline void check_reachable(int64_t n, int64_t keep, int64_t rounds, const std::string& asked) {
   if (cpu::rounds_suffice(n, keep, rounds)) return;
+  const int64_t needed = cpu::rounds_needed(n, keep);
+  const std::string way = needed <= cpu::kMostRounds ? text("; needs rounds >= ", needed)
+                                                     : text(", nor with any rounds <= ", cpu::kMostRounds);
   throw std::runtime_error(text(asked, " of N = ", n, " tokens cannot be reached with rounds = ", rounds,
-                                " (a round drops at most half); needs rounds >= ", cpu::rounds_needed(n, keep)));
+                                " (a round drops at most half)", way));
 }
 
 inline void check_drop_reachable(int64_t n, double gsp_drop, int64_t rounds) {

@@ -34,8 +34,13 @@ class PackedTokens {
         const int count = columns(p);
         for (int c = 0; c < count; ++c) members[c] = static_cast<int32_t>(p * kPanel + c);
         rows(members, count, buffer, pointers);
-        pack_rows(pointers, count, panels_ + p * panel_size());
-        if (squares != nullptr) square_panel(p, squares + p * kPanel);
+        float* panel = panels_ + p * panel_size();
+        if (squares == nullptr) {
+          pack_rows(pointers, count, panel);
+        } else {
+          const auto pack = bf16_ ? simd().pack_squares_bf16 : simd().pack_squares;
+          pack(pointers, count, depth_, panel, squares + p * kPanel);
+        }
       }
     });
   }
@@ -81,15 +86,6 @@ class PackedTokens {
         out[r] = x;
       }
       if (out[r] == next) next += depth_;
-    }
-  }
-
-  // Of a packed panel: each column's raw product with itself, as multiply() would take it.
-  void square_panel(int64_t p, float* out) const {
-    if (bf16_) {
-      simd().squares_bf16(reinterpret_cast<const uint16_t*>(panel(p)), depth_ * 2, out);
-    } else {
-      simd().squares(panel(p), depth_, out);
     }
   }
 

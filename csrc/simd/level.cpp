@@ -44,12 +44,12 @@ constexpr SimdOps make_ops() {
   ops.row_stats = row_stats;
   ops.scale_row = scale_row;
   ops.pack = pack;
+  ops.pack_squares = pack_squares;
   ops.gemm = gemm;
 #if defined(SCRIPT_SIMD_BF16)
   ops.gemm_bf16 = gemm_bf16;
-  ops.squares_bf16 = squares_bf16;
+  ops.pack_squares_bf16 = pack_squares_bf16;
 #endif
-  ops.squares = squares;
   ops.weigh_products = weigh_products;
   ops.match = match;
   ops.project = project;

@@ -31,13 +31,26 @@ inline void transpose(Vec (&v)[kFloats]) {
 // hardware to see it.
 constexpr int64_t kPackChunk = 512;
 
-// Moves 32-bit words as they are: fp32 values, or pairs of bf16.
-void pack(const float* const* rows, int count, int64_t depth, float* panel) {
+struct NoSquares {
+  static constexpr bool kWanted = false;
+  static Vec add(Vec sum, Vec) { return sum; }
+};
+struct FloatSquares {
+  static constexpr bool kWanted = true;
+  static Vec add(Vec sum, Vec x) { return sum + x * x; }
+};
+
+// Moves 32-bit words as they are: fp32 values, or pairs of bf16. Squares, if wanted, are summed on the way, in the
+// steps and chunks of a register tile.
+template <typename Squares>
+inline void pack_columns(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
   const int blocks = (count + kFloats - 1) / kFloats;
   const int64_t whole = depth - depth % kFloats;
+  Vec total[kPanelVectors] = {}, chunk[kPanelVectors] = {};
   for (int64_t start = 0; start < whole; start += kPackChunk) {
     const int64_t end = whole - start < kPackChunk ? whole : start + kPackChunk;
     for (int block = 0; block < kPanelVectors; ++block) {
+      Vec sum = {};
       for (int64_t d = start; d < end; d += kFloats) {
         Vec v[kFloats] = {};
         if (block < blocks) {
@@ -49,14 +62,57 @@ void pack(const float* const* rows, int count, int64_t depth, float* panel) {
         }
         SCRIPT_UNROLL(16)
         for (int r = 0; r < kFloats; ++r) store(panel + (d + r) * kPanel + block * kFloats, v[r]);
+        if constexpr (Squares::kWanted) {
+          SCRIPT_UNROLL(16)
+          for (int r = 0; r < kFloats; ++r) sum = Squares::add(sum, v[r]);
+          if ((d + kFloats) % kChunk == 0) {
+            total[block] += sum;
+            sum = Vec{};
+          }
+        }
       }
+      chunk[block] = sum;  // not all of a chunk: only at the end
     }
   }
   for (int64_t d = whole; d < depth; ++d) {
     for (int c = 0; c < kPanel; ++c) panel[d * kPanel + c] = 0;
     for (int c = 0; c < count; ++c) __builtin_memcpy(panel + d * kPanel + c, rows[c] + d, 4);
+    for (int v = 0; v < kPanelVectors; ++v)
+      chunk[v] = Squares::add(chunk[v], load<Vec>(panel + d * kPanel + v * kFloats));
+  }
+  if constexpr (Squares::kWanted) {
+    for (int v = 0; v < kPanelVectors; ++v) store(square + v * kFloats, total[v] + chunk[v]);
   }
 }
+
+void pack(const float* const* rows, int count, int64_t depth, float* panel) {
+  pack_columns<NoSquares>(rows, count, depth, panel, nullptr);
+}
+
+void pack_squares(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
+  pack_columns<FloatSquares>(rows, count, depth, panel, square);
+}
+
+#if defined(SCRIPT_SIMD_BF16)
+
+// sum += the products of 32-bit pairs of bf16, lane by lane: one processor rounds each of the two products into the sum
+// in turn, another their sum, and both take denormals for zero.
+#if defined(__aarch64__)
+inline Vec add_pairs(Vec sum, Int a, Int b) { return vbfdotq_f32(sum, load<bfloat16x8_t>(&a), load<bfloat16x8_t>(&b)); }
+#else
+inline Vec add_pairs(Vec sum, Int a, Int b) { return _mm512_dpbf16_ps(sum, load<__m512bh>(&a), load<__m512bh>(&b)); }
+#endif
+
+struct Bf16Squares {
+  static constexpr bool kWanted = true;
+  static Vec add(Vec sum, Vec x) { return add_pairs(sum, load<Int>(&x), load<Int>(&x)); }
+};
+
+void pack_squares_bf16(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
+  pack_columns<Bf16Squares>(rows, count, depth, panel, square);
+}
+
+#endif
 
 // ---- matrix products --------------------------------------------------------------------------------------------
 
@@ -117,45 +173,7 @@ void gemm(const float* const* a, int rows, const float* panel, int groups, int64
   multiply<FloatTile, 1>(a, rows, panel, groups, depth, c);
 }
 
-// The products of a panel's columns with themselves, in the steps and chunks of a register tile. add(sum, p) adds the
-// square of the step's vector at p.
-template <int kWord, typename Element, typename Add>
-[[gnu::always_inline]] inline void square_columns(const Element* panel, int64_t depth, float* square, Add add) {
-  constexpr int kBlock = kPanelVectors < 4 ? kPanelVectors : 4;
-  for (int block = 0; block < kPanelVectors; block += kBlock) {
-    Vec total[kBlock] = {};
-    for (int64_t start = 0; start < depth; start += kChunk) {
-      const int64_t end = depth - start < kChunk ? depth : start + kChunk;
-      Vec sum[kBlock] = {};
-      for (int64_t d = start; d < end; ++d) {
-        SCRIPT_UNROLL(4)
-        for (int v = 0; v < kBlock; ++v) {
-          sum[v] = add(sum[v], panel + (d * kPanel + (block + v) * kFloats) * kWord);
-        }
-      }
-      SCRIPT_UNROLL(4)
-      for (int v = 0; v < kBlock; ++v) total[v] = start > 0 ? total[v] + sum[v] : sum[v];
-    }
-    for (int v = 0; v < kBlock; ++v) store(square + (block + v) * kFloats, total[v]);
-  }
-}
-
-void squares(const float* panel, int64_t depth, float* square) {
-  square_columns<1>(panel, depth, square, [](Vec sum, const float* p) {
-    const Vec x = load<Vec>(p);
-    return sum + x * x;
-  });
-}
-
 #if defined(SCRIPT_SIMD_BF16)
-
-// sum += the products of 32-bit pairs of bf16, lane by lane: one processor rounds each of the two products into the sum
-// in turn, another their sum, and both take denormals for zero.
-#if defined(__aarch64__)
-inline Vec add_pairs(Vec sum, Int a, Int b) { return vbfdotq_f32(sum, load<bfloat16x8_t>(&a), load<bfloat16x8_t>(&b)); }
-#else
-inline Vec add_pairs(Vec sum, Int a, Int b) { return _mm512_dpbf16_ps(sum, load<__m512bh>(&a), load<__m512bh>(&b)); }
-#endif
 
 // One step is a pair of bf16 values; rows and panels are even and zero padded.
 template <int M, int V>
@@ -184,20 +202,14 @@ void gemm_bf16(const uint16_t* const* a, int rows, const uint16_t* panel, int gr
   multiply<Bf16Tile, 2>(a, rows, panel, groups, depth / 2, c);
 }
 
-void squares_bf16(const uint16_t* panel, int64_t depth, float* square) {
-  square_columns<2>(panel, depth / 2, square, [](Vec sum, const uint16_t* p) {
-    const Int x = load<Int>(p);
-    return add_pairs(sum, x, x);
-  });
-}
-
 #endif
 
 void weigh_products(const float* raw, const PivotWeights& pivot, const ColumnWeights& columns, int count, float* out) {
-  for (int c = 0; c < count; ++c) {
-    const bool equal = (raw[c] == pivot.square) & (raw[c] == columns.square[c]);
-    const float product = raw[c] * (pivot.weight * columns.weight[c]);
-    out[c] = equal ? pivot.relevance * columns.relevance[c] : product;
+  for (int c = 0; c < count; c += kFloats) {
+    const Vec x = load<Vec>(raw + c);
+    const Int equal = (x == splat(pivot.square)) & (x == load<Vec>(columns.square + c));
+    const Vec product = x * (load<Vec>(columns.weight + c) * pivot.weight);
+    store(out + c, equal ? load<Vec>(columns.relevance + c) * pivot.relevance : product);
   }
   for (int c = count; c < kPanel; ++c) out[c] = 0.0f;
 }

@@ -59,16 +59,16 @@ struct SimdOps {
 
   // panel[d][c] = rows[c][d] for c < count, zero for count <= c < kPanel.
   void (*pack)(const float* const* rows, int count, int64_t depth, float* panel);
+  // The same, and square[c] = the product of column c with itself, bit for bit as gemm takes it; or as gemm_bf16 does,
+  // for rows of pairs.
+  void (*pack_squares)(const float* const* rows, int count, int64_t depth, float* panel, float* square);
+  void (*pack_squares_bf16)(const float* const* rows, int count, int64_t depth, float* panel, float* square);
   // c[r][0..16*groups) = sum_d a[r][d] * panel[d][.]: chunks of 128 steps, summed in order. c is [rows][kPanel].
   void (*gemm)(const float* const* a, int rows, const float* panel, int groups, int64_t depth, float* c);
 
   // The same on bf16 rows of even length and panels of pairs, [depth/2][kPanel][2], with fp32 sums: `pack` on pairs as
   // 32-bit words makes them. Null where the CPU has no bf16 dot product.
   void (*gemm_bf16)(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c);
-
-  // square[c] = the product of column c of a panel with itself, summed as gemm (gemm_bf16) sums it.
-  void (*squares)(const float* panel, int64_t depth, float* square);
-  void (*squares_bf16)(const uint16_t* panel, int64_t depth, float* square);
 
   // Kernel entries of one pivot with the columns c < count, a multiple of kGroup, from the raw products; 0 up to
   // kPanel. raw[c] * (pivot.weight * weight[c]); where raw[c] is the square of either side, the rows are equal as far

@@ -30,7 +30,7 @@ PIP := $(PY) -m pip
 CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc)
 CLANG_FORMAT := $(VENV)/bin/clang-format
-PY_PATHS := script_kernels bench tests setup.py .ci/smoke.py
+PY_PATHS := script_kernels bench tests tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo docs test lint format bench gpu-report clean distclean

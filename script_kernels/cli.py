@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .version import __version__
+from . import __version__
 
 # What the extra `demo` lists: no index has this package, so its extras cannot be named.
 DEMO_COMMAND = "pip install matplotlib scikit-image"

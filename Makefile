@@ -90,6 +90,8 @@ lint: setup
 	$(PY) -m ruff format --check $(PY_PATHS)
 	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CPP_SOURCES)
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/shellcheck .ci/run tools/gpu
 
 format: setup
 	$(PY) -m ruff check --fix $(PY_PATHS)

@@ -78,7 +78,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/script-kernels demo $(DEMO_ARGS)
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "wrote build/site/index.html"
 
 # One process a core, one thread a process.

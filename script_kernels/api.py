@@ -128,7 +128,7 @@ def gsp(
 
     Raises:
         ValueError: wrong shape; `keep` out of range, or not to be reached in `rounds` (the message says how many it
-        takes).
+            takes).
         TypeError: not a floating dtype of the above.
 
     Source: Script, graph-structured pruning.

@@ -102,7 +102,7 @@ def parameters(function: Any) -> tuple[str, ...]:
 
 def unwrap(model: Any) -> Any:
     """The transformers model inside PEFT, torch.compile, DataParallel and a pipeline, whose weights they share."""
-    seen = []
+    seen: list[Any] = []
     while not any(model is one for one in seen):
         seen.append(model)
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

@@ -89,7 +89,7 @@ def entries(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run:
 def runs_of(ids: Tensor, token: int | None) -> list[int]:
     """Lengths of the unbroken runs of a placeholder, prompt by prompt."""
     # A column of zeros on both sides, so that every run of ones has a beginning and an end in its own row.
-    steps = pad((ids == token).int(), (1, 1)).diff().flatten()
+    steps = pad(torch.eq(ids, -2 if token is None else token).int(), (1, 1)).diff().flatten()
     begins, ends = (steps == 1).nonzero()[:, 0], (steps == -1).nonzero()[:, 0]
     return (ends - begins).tolist()
 

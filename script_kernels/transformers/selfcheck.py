@@ -43,7 +43,7 @@ def check_keep_all(
     try:
         expected = _last_logits(model, inputs, last)
         try:
-            got = _last_logits(model, keep_all() | {"labels": None}, [-1] * len(mask))
+            got = _last_logits(model, {**keep_all(), "labels": None}, [-1] * len(mask))
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
             raise RuntimeError(
                 f"model: expected one that takes its own features back, got {kind}, which fails on them ({error}); "

@@ -1,6 +1,7 @@
 """Tiny random models of many image-text-to-text types of transformers, from their configs alone: no downloads.
 
-`make_model` shrinks the type's default config by the names of its sizes; `make_inputs` shows one image per prompt. What a type wants besides stands in `EXTRA` and `INPUTS`.
+`make_model` shrinks a type's default config by the names of its sizes; `make_inputs` shows one image per prompt. What a
+type wants besides stands in `EXTRA` and `INPUTS`.
 """
 
 from __future__ import annotations

@@ -1,20 +1,18 @@
 """Compiles every Triton kernel for every GPU it is meant for, on a machine that needs no GPU.
 
-    python -m script_kernels.targets [--target sm_90 ...] [--only MODULE ...] [--jobs N]
+    python -m script_kernels.targets [--target sm_90 ...] [--only GROUP ...] [--jobs N]
 
-Each module of `script_kernels.triton` exports `LAUNCH_TABLE`, a tuple of (name, call). A call runs a launcher on
-tensors without storage (device "meta"); its kernel launches are recorded, with the types, alignments and constants that
-the same launch on a GPU would have, and compiled for each target. The table that is printed has one line per kernel,
+Each call of `script_kernels.triton.tables` runs a launcher on tensors without storage (device "meta"); its kernel
+launches are recorded, with the types, alignments and constants that the same launch on a GPU would have, and compiled
+for each target. The table that is printed has one line per kernel,
 variant and target: registers, spilled bytes, shared memory and size of the binary. The exit status is 1 if a kernel
 does not compile, spills, or asks for more shared memory than the target has.
 """
 
 import argparse
-import importlib
 import inspect
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -44,12 +42,12 @@ TARGETS = tuple(SHARED_LIMITS)
 class Launch:
     """A kernel launch as the compiler sees it: type per argument, alignments, constants and options."""
 
-    module: str
+    group: str
     variant: str
     kernel: Any  # triton.JITFunction
-    signature: dict[str, str]
-    constants: dict[tuple[int], Any]
-    attributes: dict[tuple[int], list[list[Any]]]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, Any]
 
     @property
@@ -61,7 +59,7 @@ class Launch:
 class Binary:
     """What a compiled kernel needs of a target, or why there is none."""
 
-    module: str
+    group: str
     variant: str
     kernel: str
     target: str
@@ -82,31 +80,30 @@ def gpu_target(name: str) -> Any:
 
 
 def describe(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes of a launch, specialised as the runtime would: 1 is a constant, multiples of
-    16 are known to be such, and pointers are aligned, as allocations are."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        aligned = False
-        if parameter.is_constexpr or (value is None):
-            kind = "constexpr"
-        elif hasattr(value, "dtype"):
-            kind = "*" + POINTERS[str(value.dtype)]
-            aligned = True
-        elif isinstance(value, float):
-            kind = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            kind = "constexpr"
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(i,)] = value
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+    """Signature, constants and attributes of a launch, specialised as the runtime would: None and 1 are constants,
+    multiples of 16 are known to be such, and pointers are aligned, as allocations are. What is in a tuple is always
+    specialised."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, path: tuple[int, ...], constant: bool, free: bool) -> Any:
+        if constant or value is None or (type(value) is int and value == 1 and not free):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(kind(entry, (*path, i), False, False) for i, entry in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if hasattr(value, "dtype") or (value % 16 == 0 and not free):
+            attributes[path] = [["tt.divisibility", 16]]
+        if hasattr(value, "dtype"):
+            return "*" + POINTERS[str(value.dtype)]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {
+        parameter.name: kind(arguments[parameter.name], (i,), parameter.is_constexpr, parameter.do_not_specialize)
+        for i, parameter in enumerate(kernel.params)
+    }
     return signature, constants, attributes
 
 
@@ -122,7 +119,7 @@ POINTERS = {
 
 
 @contextmanager
-def recording(module: str) -> Iterator[Callable[[str], list[Launch]]]:
+def recording(group: str) -> Iterator[Callable[[str], list[Launch]]]:
     """Within it, kernels are recorded in place of launched; the yielded function names and returns those since last."""
     from triton.runtime.jit import JITFunction
 
@@ -134,7 +131,7 @@ def recording(module: str) -> Iterator[Callable[[str], list[Launch]]]:
 
     def take(variant: str) -> list[Launch]:
         taken = [
-            Launch(module, variant, kernel, *describe(kernel, arguments), options)
+            Launch(group, variant, kernel, *describe(kernel, arguments), options)
             for kernel, arguments, options in launches
         ]
         launches.clear()
@@ -149,18 +146,17 @@ def recording(module: str) -> Iterator[Callable[[str], list[Launch]]]:
 
 
 def collect(only: list[str] | None = None) -> list[Launch]:
-    """Every distinct launch of the launch tables."""
-    package = importlib.import_module(f"{__package__}.triton")
+    """Every distinct launch of the tables."""
+    from .triton.tables import LAUNCHES
+
     found: dict[str, Launch] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        if only and info.name not in only:
+    for group, variant, call in LAUNCHES:
+        if only and group not in only:
             continue
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        with recording(info.name) as take:
-            for variant, call in getattr(module, "LAUNCH_TABLE", ()):
-                call()
-                for launch in take(variant):
-                    found.setdefault(launch.key, launch)
+        with recording(group) as take:
+            call()
+            for launch in take(variant):
+                found.setdefault(launch.key, launch)
     return list(found.values())
 
 
@@ -197,7 +193,7 @@ def compile_launch(launch: Launch, target: str) -> Binary:
     import triton
     from triton.compiler import ASTSource
 
-    result = Binary(launch.module, launch.variant, launch.kernel.__name__, target)
+    result = Binary(launch.group, launch.variant, launch.kernel.__name__, target)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     try:
         compiled = triton.compile(source, target=gpu_target(target), options=launch.options)
@@ -238,7 +234,7 @@ def compile_all(launches: list[Launch], targets: tuple[str, ...], jobs: int) -> 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m script_kernels.targets", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="compile for this target only (repeatable)")
-    parser.add_argument("--only", action="append", metavar="MODULE", help="only this module's kernels (repeatable)")
+    parser.add_argument("--only", action="append", metavar="GROUP", help="only this group of launches (repeatable)")
     parser.add_argument(
         "--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
@@ -251,13 +247,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("no kernel found", file=sys.stderr)
         return 1
     row = "{:16} {:24} {:20} {:7} {:>9} {:>7} {:>7} {:>8}  {}"
-    print(row.format("module", "variant", "kernel", "target", "registers", "spilled", "shared", "binary", "").rstrip())
+    print(row.format("group", "variant", "kernel", "target", "registers", "spilled", "shared", "binary", "").rstrip())
     failed = 0
     count = 0
     for b in compile_all(launches, tuple(options.target or TARGETS), options.jobs):
         failed += bool(b.problems)
         count += 1
-        cells = (b.module, b.variant, b.kernel.removesuffix("_kernel"), b.target)
+        cells = (b.group, b.variant, b.kernel.removesuffix("_kernel"), b.target)
         numbers = (b.registers, b.spilled, b.shared, b.size)
         print(row.format(*cells, *numbers, "; ".join(b.problems)).rstrip(), flush=True)
     print(f"{count} binaries, {failed} with problems")

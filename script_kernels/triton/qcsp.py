@@ -6,11 +6,10 @@ step computes the one row of L that it needs from the tokens, spread over the pr
 
 import torch
 
-from .dpp_map import launch_greedy, plan_greedy
-from .kernel_matrix import launch_kernel_matrix
-from .tokens import launch_token_stats
-
-WIDEST = 8192  # L of a longer image is not kept in memory
+from .kernels.greedy import launch_greedy, plan_stages
+from .kernels.layout import Layout
+from .kernels.pairs import launch_pairs
+from .kernels.rows import launch_rows
 
 
 def launch_qcsp(
@@ -26,15 +25,12 @@ def launch_qcsp(
     Three launches, whatever k and B, where all programs fit on the device. `matrix_free` and `columns` override the
     dispatch; rows from L and rows from the tokens differ in rounding.
     """
-    batch, n, _ = tokens.shape
-    if matrix_free is None:
-        matrix_free = n > WIDEST
-    plan = plan_greedy(tokens.device, batch, n, k, features=matrix_free, columns=columns)
-    slots = plan.slot_buffer(tokens.device)
-    inv_norm, scale = launch_token_stats(tokens)
+    layout = Layout.of(tokens)
+    (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
+    rows = launch_rows(tokens, layout)
     kernel = None
-    if matrix_free:
-        slots.zero_()
+    if stage.features:
+        clear.zero_()
     else:
-        kernel = launch_kernel_matrix(tokens, relevance, inv_norm, scale, clear=slots)
-    return launch_greedy(relevance, k, plan, slots, kernel=kernel, tokens=tokens, inv_norm=inv_norm, scale=scale)
+        _, kernel = launch_pairs(tokens, layout, rows, relevance, width=layout.n, clear=clear)
+    return launch_greedy(layout, relevance, k, stage, rows, kernel=kernel, tokens=tokens)

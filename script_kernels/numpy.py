@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import schedule
+from .options import GspOptions, PruneOptions
 
 try:
     from . import _core
@@ -79,7 +79,7 @@ def gsp(
     tokens = _tokens(tokens)
     keep = _count(keep, "keep", tokens.shape[1], "N")
     graph = _graph(threshold, gamma, min_degree, rounds)
-    schedule.reachable(tokens.shape[1], keep, graph[3], f"keep: {keep}")
+    GspOptions(rounds=graph[3]).check_reachable(tokens.shape[1], keep)
     return _core.gsp(_words(tokens), keep, *graph)
 
 
@@ -196,8 +196,7 @@ def prune(
     if combine not in ("intersect", "restrict"):
         raise ValueError(f"combine: expected 'intersect' or 'restrict', got {combine!r}")
     graph = _graph(threshold, gamma, min_degree, rounds)
-    kept = schedule.gsp_keep(n, gsp_drop)
-    schedule.reachable(n, kept, graph[3], f"gsp_drop: {gsp_drop} keeps {kept}, which")
+    PruneOptions(gsp_drop=gsp_drop, rounds=graph[3]).check_drop(n)
     return _core.prune(
         _words(tokens),
         None if query is None else _words(query),

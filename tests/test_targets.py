@@ -4,6 +4,7 @@ Other tests of the process may have turned Triton's interpreter on, so whatever 
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from script_kernels import targets
 
 pytest.importorskip("triton")
-
+from triton._C.libtriton import native_specialize_impl
+from triton.compiler import make_backend
 
 ROOT = Path(targets.__file__).parents[1]
 
@@ -47,7 +49,8 @@ def test_no_kernel_is_missing_from_the_launch_tables():
     script = """
 import importlib, pkgutil
 from triton.runtime.jit import JITFunction
-from script_kernels import targets, triton as package
+from script_kernels import targets
+from script_kernels.triton import kernels as package
 compiled = {launch.kernel.__name__ for launch in targets.collect()}
 written = {
     name
@@ -68,13 +71,14 @@ def test_prune_takes_six_launches():
 from types import SimpleNamespace
 import torch
 from script_kernels import targets
-from script_kernels.triton import prune
+from script_kernels.options import PruneOptions
+from script_kernels.triton.kernels import greedy
 from script_kernels.triton.prune import launch_prune
 from script_kernels.triton.prune_varlen import launch_prune_varlen
 
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-plan_greedy = prune.plan_greedy
-prune.plan_greedy = lambda device, *sizes, **options: plan_greedy(torch.device("cuda"), *sizes, **options)
+plan_greedy = greedy.plan_greedy
+greedy.plan_greedy = lambda device, *sizes, **options: plan_greedy(torch.device("cuda"), *sizes, **options)
 
 
 def count(call):
@@ -88,12 +92,12 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 query, aligned = empty(1, 20, 768), empty(32, 576, 768)
-print(count(lambda: launch_prune(empty(1, 576, 4096), empty(1, 20, 4096), 64)))
-print(count(lambda: launch_prune(empty(8, 1024, 1024), empty(8, 20, 1024), 128)))
-print(count(lambda: launch_prune(empty(32, 576, 1024), query, 64, aligned, combine="restrict")))
-print(count(lambda: launch_prune(empty(1, 576, 4096), None, 64)))
+print(count(lambda: launch_prune(empty(1, 576, 4096), empty(1, 20, 4096), 64, PruneOptions())))
+print(count(lambda: launch_prune(empty(8, 1024, 1024), empty(8, 20, 1024), 128, PruneOptions())))
+print(count(lambda: launch_prune(empty(32, 576, 1024), query, 64, PruneOptions(combine="restrict"), aligned=aligned)))
+print(count(lambda: launch_prune(empty(1, 576, 4096), None, 64, PruneOptions())))
 bounds = empty(6, dtype=torch.int32)
-print(count(lambda: launch_prune_varlen(empty(2880, 4096), bounds, empty(5, 20, 4096), [32] * 5)))
+print(count(lambda: launch_prune_varlen(empty(2880, 4096), bounds, empty(5, 20, 4096), [32] * 5, PruneOptions())))
 """
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
@@ -168,34 +172,51 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
 
 
 def test_arguments_are_specialised_as_at_run_time():
-    names = {"p_x": False, "one": False, "aligned": False, "odd": False, "free": True, "free_one": True, "scale": False}
-    parameters = [SimpleNamespace(name=n, is_constexpr=False, do_not_specialize=free) for n, free in names.items()]
-    parameters.append(SimpleNamespace(name="BLOCK", is_constexpr=True, do_not_specialize=False))
-    signature, constants, attributes = targets.describe(
-        SimpleNamespace(params=parameters),
-        {
-            "p_x": torch.empty(0, dtype=torch.bfloat16),
-            "one": 1,
-            "aligned": 64,
-            "odd": 2**40 + 1,
-            "free": 32,
-            "free_one": 1,
-            "scale": 1.0,
-            "BLOCK": 16,
-        },
-    )
-    assert signature == {
-        "p_x": "*bf16",
-        "one": "constexpr",
-        "aligned": "i32",
-        "odd": "i64",
-        "free": "i32",
-        "free_one": "i32",
-        "scale": "fp32",
-        "BLOCK": "constexpr",
+    """Against what the runtime itself derives."""
+    backend = make_backend(targets.gpu_target("sm_90"))
+    given = {
+        "p_x": torch.empty(8, dtype=torch.bfloat16),
+        "none": None,
+        "one": 1,
+        "aligned": 64,
+        "odd": 2**40 + 1,
+        "free": 32,
+        "free_one": 1,
+        "scale": 1.0,
+        "strides": (1, 48, 7, torch.empty(4), None),
+        "free_strides": (1, 48),
     }
-    assert constants == {(1,): 1, (7,): 16}
-    assert set(attributes) == {(0,), (2,)}
+    parameters = [
+        SimpleNamespace(name=name, is_constexpr=False, do_not_specialize=name.startswith("free")) for name in given
+    ]
+    parameters.append(SimpleNamespace(name="BLOCK", is_constexpr=True, do_not_specialize=False))
+    kernel = SimpleNamespace(params=parameters)
+    signature, constants, attributes = targets.describe(kernel, {**given, "BLOCK": 16})
+    for i, (name, value) in enumerate(given.items()):
+        kind, hint = native_specialize_impl(backend, value, False, not name.startswith("free"), True)
+        assert signature[name] == kind, name
+        hints = (
+            dict(zip([(i, j) for j in range(len(hint))], hint, strict=True))
+            if isinstance(value, tuple)
+            else {(i,): hint}
+        )
+        for path, expected in hints.items():
+            assert (path in attributes) == (expected == "D"), path
+    assert signature["BLOCK"] == "constexpr"
+    assert constants == {(1,): None, (2,): 1, (8, 0): 1, (8, 4): None, (9, 0): 1, (10,): 16}
+
+
+def test_every_launch_fixes_the_fusion_of_products_and_sums():
+    """Its default changes with Triton's version, and with it bits; `launch` is the one place that launches."""
+    script = """
+from script_kernels import targets
+print({launch.options["enable_fp_fusion"] for launch in targets.collect()})
+"""
+    done = run("-c", script)
+    assert done.stdout == "{True}\n", done.stderr
+    folder = ROOT / "script_kernels" / "triton"
+    launched = [p.name for p in folder.rglob("*.py") if re.search(r"\w+\[\(", p.read_text())]
+    assert launched == ["layout.py"]
 
 
 def test_unreadable_metadata_is_an_error():

@@ -49,23 +49,22 @@ def prune_layout(
     relevance, kernel = launch_pairs(tokens, layout, rows, reach=reach, threshold=options.threshold, clear=clear)
     mask, _ = launch_select(tokens, layout, rows, options, options.gsp_keep(layout.n), options.gsp_drop)
 
-    only, tier, need = mask, None, most if counts is None else counts
-    if options.combine == "restrict":
-        only, tier, limits = None, mask, counts
+    restrict = options.combine == "restrict"
+    need: int | torch.Tensor = most if counts is None else counts
     picks = None
     for stage in stages:
         picks = launch_greedy(
             *(layout, relevance, k, stage, rows),
             kernel=kernel,
             tokens=tokens,
-            tier=tier,
-            stop=only,
-            need=need if only is not None else 0,
-            limits=limits,
+            tier=mask if restrict else None,
+            stop=None if restrict else mask,
+            need=0 if restrict else need,
+            limits=counts if restrict else limits,
             out=picks,
         )
     assert picks is not None
-    return launch_intersect(picks[0], layout, only, most, total, counts)
+    return launch_intersect(picks[0], layout, None if restrict else mask, most, total, counts)
 
 
 def launch_prune(

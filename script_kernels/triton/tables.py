@@ -67,17 +67,13 @@ def greedy(columns: int, mode: str, *, grid: bool, features: torch.dtype | None 
     tier = flags if mode.endswith("tiers") else None
     stop = flags if tier is None else None
     need = 48 if counts is None else counts
-    sources = {"kernel": kernel, "tokens": tokens}
     launch_greedy(
-        layout,
-        row,
-        k,
-        stage,
-        Rows(row, row),
-        **sources,
+        *(layout, row, k, stage, Rows(row, row)),
+        kernel=kernel,
+        tokens=tokens,
         tier=tier,
         stop=stop,
-        need=need if stop is not None else 0,
+        need=0 if stop is None else need,
         limits=counts,
     )
 

@@ -35,7 +35,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 MATRIX_TILES = {
     torch.bfloat16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
     torch.float16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
-    torch.float32: {"BT": 32, "BD": 32, "num_warps": 4, "num_stages": 3},
+    torch.float32: {"BT": 32, "BD": 32, "num_warps": 4, "num_stages": 2},
 }
 PAIR_TILES = MATRIX_TILES | {torch.float32: {"BT": 32, "BD": 16, "num_warps": 4, "num_stages": 3}}
 MATCH_TILES = {

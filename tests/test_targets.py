@@ -72,13 +72,13 @@ from types import SimpleNamespace
 import torch
 from script_kernels import targets
 from script_kernels.options import PruneOptions
-from script_kernels.triton.kernels import greedy
+from script_kernels.triton.kernels import plan
 from script_kernels.triton.prune import launch_prune
 from script_kernels.triton.prune_varlen import launch_prune_varlen
 
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-plan_greedy = greedy.plan_greedy
-greedy.plan_greedy = lambda device, *sizes, **options: plan_greedy(torch.device("cuda"), *sizes, **options)
+plan_greedy = plan.plan_greedy
+plan.plan_greedy = lambda device, *sizes, **options: plan_greedy(torch.device("cuda"), *sizes, **options)
 
 
 def count(call):

@@ -13,9 +13,10 @@ from triton_interpreter import DEVICE, quiet
 
 from script_kernels import reference, testing
 from script_kernels.triton.dpp_map import launch_dpp_map
-from script_kernels.triton.kernels.greedy import Stage, launch_greedy, plan_greedy
+from script_kernels.triton.kernels.greedy import launch_greedy
 from script_kernels.triton.kernels.layout import Layout
 from script_kernels.triton.kernels.pairs import launch_pairs
+from script_kernels.triton.kernels.plan import Stage, plan_greedy
 from script_kernels.triton.kernels.rows import launch_rows
 from script_kernels.triton.qcsp import launch_qcsp
 

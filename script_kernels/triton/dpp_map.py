@@ -2,8 +2,9 @@
 
 import torch
 
-from .kernels.greedy import launch_greedy, plan_stages
+from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
+from .kernels.plan import plan_stages
 
 
 def launch_dpp_map(kernel: torch.Tensor, k: int, *, columns: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ result; 6. the intersection. Every further round of GSP takes two launches more,
 Packed segments (`prune_varlen`) run through the same kernels with the same bits.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +16,10 @@ import torch
 from script_kernels.options import PruneOptions
 
 from .kernels.choose import launch_intersect, launch_select
-from .kernels.greedy import launch_greedy, plan_stages
+from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import launch_pairs
+from .kernels.plan import plan_stages
 from .kernels.rows import PLANES, launch_mean_query, launch_rows
 
 
@@ -45,15 +47,17 @@ def prune_layout(
         mean = launch_mean_query(query, query_mask, options.negate, layout.segments)
         reach = mean.reach
     rows = launch_rows(tokens, layout, mean, None if mean is None else aligned, score=True, planes=PLANES)
-    stages, clear = plan_stages(tokens.device, layout, k)
+    # The walk ends once it has met as many of GSP's tokens as are wanted.
+    picks = min(k, math.ceil(most * layout.n / options.gsp_keep(layout.n)))
+    stages, clear = plan_stages(tokens.device, layout, k, picks=picks)
     relevance, kernel = launch_pairs(tokens, layout, rows, reach=reach, threshold=options.threshold, clear=clear)
     mask, _ = launch_select(tokens, layout, rows, options, options.gsp_keep(layout.n), options.gsp_drop)
 
     restrict = options.combine == "restrict"
     need: int | torch.Tensor = most if counts is None else counts
-    picks = None
+    ranking = None
     for stage in stages:
-        picks = launch_greedy(
+        ranking = launch_greedy(
             *(layout, relevance, k, stage, rows),
             kernel=kernel,
             tokens=tokens,
@@ -61,10 +65,10 @@ def prune_layout(
             stop=None if restrict else mask,
             need=0 if restrict else need,
             limits=counts if restrict else limits,
-            out=picks,
+            out=ranking,
         )
-    assert picks is not None
-    return launch_intersect(picks[0], layout, None if restrict else mask, most, total, counts)
+    assert ranking is not None
+    return launch_intersect(ranking[0], layout, None if restrict else mask, most, total, counts)
 
 
 def launch_prune(

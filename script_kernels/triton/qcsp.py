@@ -6,9 +6,10 @@ step computes the one row of L that it needs from the tokens, spread over the pr
 
 import torch
 
-from .kernels.greedy import launch_greedy, plan_stages
+from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import launch_pairs
+from .kernels.plan import plan_stages
 from .kernels.rows import launch_rows
 
 

@@ -12,9 +12,10 @@ from script_kernels.options import GspOptions, PruneOptions
 
 from .bipartite_match import launch_bipartite_match
 from .gsp import launch_gsp
-from .kernels.greedy import BLOCKS, EXTRA_ROUNDS, FEATURE_BLOCKS, Plan, Stage, launch_greedy
+from .kernels.greedy import SHARERS, launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import MATRIX_TILES, launch_pairs
+from .kernels.plan import BLOCKS, EXTRA_ROUNDS, FEATURE_BLOCKS, Plan, Stage
 from .kernels.rows import Rows
 from .prune import launch_prune
 from .prune_varlen import launch_prune_varlen
@@ -48,10 +49,11 @@ def matrix(dtype: torch.dtype, packed: bool) -> None:
     launch_pairs(tokens, layout, Rows(row, row), row, width=1024, clear=empty(4096, dtype=torch.int64))
 
 
-def greedy(columns: int, mode: str, *, grid: bool, features: torch.dtype | None = None) -> None:
-    """Images of three blocks, or of one."""
+def greedy(columns: int, mode: str, *, sharers: int = 1, features: torch.dtype | None = None) -> None:
+    """Images of as many blocks as an exchange of so many sharers serves, or of one."""
     packed = mode in ("packed", "packed tiers")
-    n, k = (3 * columns if grid else columns), 64
+    grid = sharers > 1
+    n, k = sharers * columns, 64
     shape = (2 * n,) if packed else (2, n)
     row, flags = empty(*shape), empty(*shape, dtype=torch.bool)
     counts = empty(2, dtype=torch.int32) if packed else None
@@ -114,15 +116,20 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
         for packed in (False, True)
     ),
     *(
-        ("greedy", f"{columns} {mode}{' grid' if grid else ''}", partial(greedy, columns, mode, grid=grid))
+        ("greedy", f"{columns} {mode} of {sharers}", partial(greedy, columns, mode, sharers=sharers))
         for columns in BLOCKS
-        for grid in (False, True)
+        for sharers in (1, *(SHARERS if columns < 1024 else SHARERS[:1]))
         for mode in ("diagonal", "stop", "tiers", "packed", "packed tiers")
     ),
     *(
-        ("greedy", f"{columns} {mode} {named(dtype)}", partial(greedy, columns, mode, grid=True, features=dtype))
+        (
+            "greedy",
+            f"{columns} {mode} of {sharers} {named(dtype)}",
+            partial(greedy, columns, mode, sharers=sharers, features=dtype),
+        )
         for columns in FEATURE_BLOCKS
-        for dtype in (FP32, BF16)
+        for sharers in (SHARERS[1:] if columns < 512 else SHARERS[:1])
+        for dtype in (FP32, BF16, FP16)
         for mode in ("stop", "packed tiers")
     ),
     ("prune", "bf16", partial(prune, BF16)),

@@ -36,7 +36,7 @@ def load_sums(p_sums, o_flat, m_s, rows, destinations):
     return b_degree, b_mean, b_density
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "slots", "rows"])
 def finish_kernel(p_sums, p_best, p_match, p_degree, p_mean, p_density, S, N, slots, rows, BLOCK: tl.constexpr):
     """The five outputs per source token from the integer sums."""
     i_s, i_tile, first, n = locate(None, tl.program_id(0), S, N, slots, 2 * BLOCK)
@@ -57,7 +57,7 @@ def finish_kernel(p_sums, p_best, p_match, p_degree, p_mean, p_density, S, N, sl
     tl.store(p_density + o_out, b_density, mask=m_s)
 
 
-@triton.jit(do_not_specialize=["drop_bits"])
+@triton.jit(do_not_specialize=["N", "rows", "keep", "drop_bits", "rounds", "at_round", "min_degree"])
 def select_kernel(
     p_sums,  # (PLANES, rows) int64; left cleared
     p_list,  # int32 survivors of each segment before this round; None in round 0
@@ -70,15 +70,15 @@ def select_kernel(
     keep,
     drop_bits,
     rounds,
+    at_round,
     threshold,
     gamma,
     min_degree,
-    ROUND: tl.constexpr,
     BS: tl.constexpr,
 ):
     """One image per program: redundancy of the sources of this round, and the round's quota dropped."""
     first, n = segment(p_cu, tl.program_id(0), N)
-    n, drop = round_sizes(p_cu, n, keep, drop_bits, rounds, ROUND)
+    n, drop = round_sizes(p_cu, n, keep, drop_bits, rounds, at_round)
     sources = (n + 1) // 2
     destinations = n // 2
     drop = tl.minimum(drop, sources)
@@ -154,7 +154,7 @@ def select_kernel(
         dropped += tl.sum(m_drop.to(tl.int32), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "keep"])
 def intersect_kernel(
     p_ranking,  # (S, K) int64, best first, -1 past its end
     p_mask,  # uint8, one per token, or None: all count
@@ -356,10 +356,10 @@ def launch_select(
             keep,
             drop_bits,
             rounds,
+            at_round,
             saturate(options.threshold),
             saturate(options.gamma),
             options.min_degree,
-            ROUND=at_round,
             BS=BLOCK_SOURCES,
             num_warps=SELECT_WARPS,
         )

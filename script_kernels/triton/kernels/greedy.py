@@ -5,10 +5,11 @@ registers; rows of the factor C go to global memory as [k][N]. The step that pic
 
     c = (L[j, :] - C[:m, j] C[:m, :]) / sqrt(d_j);   d = max(d - c c, 0);   C[m, :] = c
 
-**Choice of the pick.** Level, value and index of a token are packed into one int64 whose maximum is the pick: levels in
-their order (3: first tier, 2: rest, 1: tokens with NaN or Inf, 0: taken or absent), then the larger value, then the
-lower index. The value is the residual, or, in a level whose rank is exhausted, the order key of the relevance. A round
-either picks a token or finds that a level is exhausted and picks nothing, so k picks take at most k + 3 rounds.
+**Choice of the pick.** Level (2 bits), value (32), inverted index (28) and stop flag of a token are packed into one
+int64 whose maximum is the pick: levels in their order (3: first tier, 2: rest, 1: tokens with NaN or Inf, 0: taken or
+absent), then the larger value, then the lower index; whether the pick counts comes with it. The value is the residual,
+or, in a level whose rank is exhausted, the order key of the relevance. A round either picks a token or finds that a
+level is exhausted and picks nothing, so k picks take at most k + 3 rounds.
 
 **Several programs per image.** Each publishes the best key of its columns and then reads those of all others. A key is
 never 0 and every round has its own slots, cleared beforehand: a slot that is not 0 is there, and no counter is needed.
@@ -23,15 +24,13 @@ width: a column is one chain of fused multiply-adds over the pivots in order, wh
 of keys is exact. The dispatch is therefore free to look at the size of the batch and of the device.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .layout import Layout, image_of, launch, locate, order_key
 from .pairs import finite_relevance
+from .plan import BLOCKS, FEATURE_BLOCKS, MOST_TOKENS, Stage
 from .rows import Rows, widen
 
 RANK_TOLERANCE = tl.constexpr(1e-6)
@@ -39,132 +38,33 @@ RANK_TOLERANCE = tl.constexpr(1e-6)
 # In the place of a residual, which is never negative
 BAD = tl.constexpr(-1.0)  # a token with NaN or Inf
 TAKEN = tl.constexpr(-2.0)  # a token that is picked or does not exist
-
-
-SINGLE_WORK = 45_000  # N * k up to which one program per image serves; by the model of DESIGN.md, not yet measured
-EXTRA_ROUNDS = 3  # one per level whose rank can run out
-
-# Columns per program -> warps, rows of C read at once, registers per thread.
-BLOCKS = {64: (2, 16, 128), 256: (4, 16, 128), 1024: (8, 16, 255), 2048: (16, 4, 128)}
-# Rows of L made from the tokens: the tile that sums over the features has one layout for all widths.
-FEATURE_BLOCKS = {128: (8, 16, 255), 512: (8, 16, 255), 2048: (8, 4, 255)}
+SHARERS = (32, 128)  # programs per image that one compiled exchange serves
 FEATURE_ROWS, FEATURE_COLS = 64, 64
 INTERPRETER_UNROLL = 4  # the interpreter pays for masked rows as for others
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How the greedy steps of a batch are spread over programs; changes no bit of the result."""
-
-    columns: int  # per program
-    slots: int  # programs per image
-    total: int  # programs in all
-    grid: bool  # an image may have several programs
-    resident: bool  # all rounds in one launch
-    images: int  # per launch
-    rounds: int
-
-    def keys(self) -> tuple[int, int]:
-        """Shape of the room for the keys of all rounds; empty where programs exchange nothing."""
-        return (self.rounds + 1 if self.grid else 0, self.total)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The greedy steps over the images of one span of lengths; the others are left alone."""
-
-    plan: Plan
-    slots: torch.Tensor  # `plan.keys()` int64, to be cleared before the launch
-    features: bool  # rows of L come from the tokens
-    above: int  # lengths above < n <= upto
-    upto: int
-
-
-def plan_greedy(
-    device: torch.device,
-    layout: Layout,
-    k: int,
-    *,
-    features: bool = False,
-    upto: int | None = None,
-    columns: int | None = None,
-) -> Plan:
-    """The dispatch table; no image or segment is longer than `upto`.
-
-    One program per image while N * k is small. Otherwise the narrowest blocks with which all programs are on the device
-    at once, one program per image if there are none, and else several launches. `columns` overrides the choice.
-    """
-    blocks = FEATURE_BLOCKS if features else BLOCKS
-    n, segments, varlen = layout.n, layout.segments, layout.packed
-    width = n if upto is None else min(n, upto)
-    processors = 132 if device.type == "meta" else 0  # what is only compiled is compiled as for an H100
-    if device.type == "cuda" and torch.version.hip is None:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    if columns is None:
-        mean = triton.cdiv(n, segments) if varlen else n
-        least = mean if mean * k <= SINGLE_WORK else 0
-        single = next((c for c in blocks if c >= width), None)
-        fitting = (c for c in blocks if c >= least and layout.slots(c)[1] <= processors)
-        columns = next(fitting, None) or single or max(blocks)
-        if not varlen and least and single:
-            columns = single
-    slots, total = layout.slots(columns)
-    grid = width > columns
-    images = segments
-    if grid and not varlen and slots <= processors:
-        images = min(segments, processors // slots)
-    resident = not grid or (total if varlen else images * slots) <= processors
-    return Plan(columns, slots, total, grid, resident, images, k + EXTRA_ROUNDS)
-
-
-def plan_stages(
-    device: torch.device, layout: Layout, k: int, *, matrix_free: bool | None = None, columns: int | None = None
-) -> tuple[list[Stage], torch.Tensor]:
-    """The stages in order, and the room of all their keys, to be cleared: rows of L from memory, then from the tokens.
-
-    Images up to WIDEST tokens have L in memory. `matrix_free` and `columns` override the dispatch.
-    """
-    width = layout.width if matrix_free is None else (0 if matrix_free else layout.n)
-    spans = [(False, 0, width)] if width else []
-    if width < layout.n:
-        spans.append((True, width, layout.n))
-    plans = [
-        plan_greedy(device, layout, k, features=features, upto=upto, columns=columns) for features, _, upto in spans
-    ]
-    sizes = [math.prod(plan.keys()) for plan in plans]
-    clear = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-    rooms = clear.split(sizes)
-    stages = [Stage(plan, room.view(plan.keys()), *span) for plan, room, span in zip(plans, rooms, spans, strict=True)]
-    return stages, clear
-
-
-# Counts that vary from call to call: a new value must not mean a new compilation
+# What varies from call to call: a new value must not mean a new compilation. Rows that are ours are whole multiples of
+# 16 floats, and travel divided by it, so that the compiler knows.
 UNSPECIALIZED = (
-    *("S", "K", "need", "slots", "n_slots", "i_slot0", "n_above", "n_upto"),
+    *("stride_kb", "stride_kn", "S", "N", "K", "need", "slots", "n_slots", "i_slot0", "n_above", "n_upto"),
     *("round_from", "round_to"),
 )
 
 
 @triton.jit
-def pick_keys(b_residual, p_tier, first, p_order, stride_order, o_n, m_n, exhausted):
-    """int64 keys of the columns, larger is better: level (2 bits), value (32), inverted index (29); 0 if not free."""
-    b_level = tl.where(b_residual >= 0.0, 2, tl.where(b_residual == BAD, 1, 0))
-    b_value = tl.where(b_residual >= 0.0, b_residual, 0.0).to(tl.int32, bitcast=True)
-    if p_tier is not None:
-        b_tier = tl.load(p_tier + first + o_n, mask=m_n, other=0)
-        b_level = tl.where((b_residual >= 0.0) & (b_tier != 0), 3, b_level)
-    if exhausted > 1:
-        b_order = order_key(tl.load(p_order + o_n.to(tl.int64) * stride_order, mask=m_n, other=0.0))
-        b_value = tl.where(b_level == exhausted, b_order, b_value)
-    b_key = (b_level.to(tl.int64) << 61) | ((b_value.to(tl.int64) + 0x80000000) << 29) | (0x1FFFFFFF - o_n).to(tl.int64)
-    return tl.where(b_level > 0, b_key, 0)
+def order_of(p_order, p_k, stride_diagonal, first, o_n, m_n):
+    """What ranks tokens where no variance is left: their relevance, or the diagonal of L."""
+    if p_order is not None:
+        b_order = tl.load(p_order + first + o_n, mask=m_n, other=0.0)
+    else:
+        b_order = tl.load(p_k + o_n.to(tl.int64) * stride_diagonal, mask=m_n, other=0.0)
+    return b_order
 
 
 @triton.jit
-def initial_residual(p_order, stride_order, p_inv, first, o_n, m_n):
+def initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n):
     """L_ii of the columns; BAD for tokens with NaN or Inf, TAKEN past the end."""
-    b_order = tl.load(p_order + o_n.to(tl.int64) * stride_order, mask=m_n, other=0.0)
-    if p_inv is not None:
+    b_order = order_of(p_order, p_k, stride_diagonal, first, o_n, m_n)
+    if p_order is not None:
         b_inv = tl.load(p_inv + first + o_n, mask=m_n, other=0.0)
         m_good = (tl.abs(b_order * b_order) < float("inf")) & (b_inv >= 0.0)
         b_residual = tl.where(b_inv > 0.0, b_order * b_order, 0.0)
@@ -172,6 +72,28 @@ def initial_residual(p_order, stride_order, p_inv, first, o_n, m_n):
         m_good = tl.abs(b_order) < float("inf")
         b_residual = tl.where(b_order > 0.0, b_order, 0.0)
     return tl.where(m_n, tl.where(m_good, b_residual, BAD), TAKEN)
+
+
+@triton.jit
+def flags_of(p_flag, first, o_n, m_n):
+    """1 where the byte of a token is not 0; 0 for all without flags."""
+    b_flag = o_n * 0
+    if p_flag is not None:
+        b_flag = (tl.load(p_flag + first + o_n, mask=m_n, other=0) != 0).to(tl.int32)
+    return b_flag
+
+
+@triton.jit
+def best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted):
+    """The largest of the int64 keys of the columns; a key is 0 where a token is not free."""
+    b_level = tl.where(b_residual >= 0.0, 2 + b_tier, tl.where(b_residual == BAD, 1, 0))
+    b_value = tl.where(b_residual >= 0.0, b_residual, 0.0).to(tl.int32, bitcast=True)
+    if exhausted > 1:
+        b_order = order_key(order_of(p_order, p_k, stride_diagonal, first, o_n, m_n))
+        b_value = tl.where(b_level == exhausted, b_order, b_value)
+    b_index = ((MOST_TOKENS - 1 - o_n) << 1) | b_stop
+    b_key = (b_level.to(tl.int64) << 61) | ((b_value.to(tl.int64) + 0x80000000) << 29) | b_index.to(tl.int64)
+    return tl.max(tl.where(b_level > 0, b_key, 0), axis=0)
 
 
 @triton.jit
@@ -198,6 +120,22 @@ def best_of_all(p_slots, i_round, n_slots, i_slot, best, n_g, p_progress, BG: tl
 
 
 @triton.jit
+def add_rows(b_sum, p_c, j, o_n, n_load, i_m, m, stride_cm, PAST_L1: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """b_sum + C[i_m:, j] C[i_m:, :] of BC rows, as one chain; those from m on, if there is an m, are left out."""
+    for i_c in tl.static_range(BC):
+        p_cm = p_c + tl.cast(i_m + i_c, tl.int64) * stride_cm
+        if m is not None:
+            m_c = i_m + i_c < m
+            b_cj = tl.load(p_cm + j, mask=m_c, other=0.0, cache_modifier=PAST_L1)
+            b_c = tl.load(p_cm + o_n, mask=o_n < tl.where(m_c, n_load, 0), other=0.0)
+        else:
+            b_cj = tl.load(p_cm + j, cache_modifier=PAST_L1)
+            b_c = tl.load(p_cm + o_n, mask=o_n < n_load, other=0.0)
+        b_sum = tl.fma(b_c, tl.broadcast_to(b_cj, [BN]), b_sum)
+    return b_sum
+
+
+@triton.jit
 def feature_row(
     p_x,  # first token of the image
     p_relevance,
@@ -218,7 +156,7 @@ def feature_row(
     p_xj = p_x + j.to(tl.int64) * strides[1]
     b_scale_j = tl.load(p_scale + first + j)
     b_inv_j = tl.load(p_inv + first + j)
-    b_r_j = finite_relevance(tl.load(p_relevance + j))
+    b_r_j = finite_relevance(tl.load(p_relevance + first + j))
     for i_r in range(i_from, tl.minimum(i_from + BN, n), BR):
         o_r = i_r + tl.arange(0, BR)
         m_r = o_r < n
@@ -232,7 +170,7 @@ def feature_row(
             b_x = tl.load(p_r[:, None] + o_d[None, :] * strides[2], mask=m_r[:, None] & m_d[None, :], other=0.0)
             b_dot += (widen(b_x) * b_scale[:, None]) * (widen(b_xj) * b_scale_j)[None, :]  # [BR, BD]
         b_inv = tl.load(p_inv + first + o_r, mask=m_r, other=0.0)
-        b_r = finite_relevance(tl.load(p_relevance + o_r, mask=m_r, other=0.0))
+        b_r = finite_relevance(tl.load(p_relevance + first + o_r, mask=m_r, other=0.0))
         b_row = (tl.sum(b_dot, axis=1) * (b_inv * b_inv_j)) * (b_r * b_r_j)
         tl.store(p_row + first + o_r, tl.where(b_inv > 0.0, b_row, 0.0), mask=m_r)
 
@@ -241,26 +179,25 @@ def feature_row(
 def greedy_kernel(
     p_kernel,  # fp32 L, or None: its rows are made of the tokens
     p_tokens,  # or None
-    p_order,  # relevance, one per token, or L itself, whose diagonal then serves
+    p_order,  # relevance, one per token, or None: the diagonal of L
     p_inv,  # fp32, one per token: row statistics, or None with L's own diagonal
     p_scale,  # fp32, one per token: row statistics, or None with L in memory
     p_tier,  # uint8, one per token: not 0 in the tier that goes first, or None
-    p_stop,  # uint8, one per token: 1 if its pick counts towards `need`, or None
+    p_stop,  # uint8, one per token: not 0 if its pick counts towards `need`, or None
     p_limit,  # int32 [S]: picks per segment, for segments
     p_need,  # int32 [S]: counted picks that end a segment, or None: `need`
     p_cu,
     p_indices,  # int64 [S, K]
     p_gains,  # fp32 [S, K]
-    p_factor,  # fp32 C, row m at m * strides_c[1]
+    p_factor,  # fp32 C, (B, K, N) or (K, T), rows padded to multiples of 16
     p_row,  # fp32, one per token, with tokens
     p_slots,  # int64 [rounds, n_slots], cleared, or None: one program per image
     p_residual,  # fp32, one per token, or None: all rounds in this launch
     p_progress,  # int32 [n_slots, 8], or None likewise
-    strides_k,
+    stride_kb,  # of L; with relevance L is ours, and both are given divided by 16
+    stride_kn,
+    stride_kc,
     strides_x,
-    strides_o,
-    stride_cb,
-    stride_cm,
     S,
     N,
     D,
@@ -286,20 +223,36 @@ def greedy_kernel(
         return
     n_g = tl.cdiv(n, BN)  # programs that share this image
     i_image = i_s.to(tl.int64)
+    stride_cm = tl.cdiv(N, 16) * 16
     k = K
+    n_load = n  # columns of C and L that may be loaded: what lies past n takes no part
     if p_cu is not None:
         k = tl.minimum(tl.minimum(tl.load(p_limit + i_s), K), n)
         p_c = p_factor + first
     else:
-        p_c = p_factor + i_image * stride_cb
+        p_c = p_factor + i_image * K * stride_cm
+        n_load = stride_cm
     if p_need is not None:
         need = tl.load(p_need + i_s)
-    p_o = image_of(p_order, p_cu, i_s, first, strides_o)
-    stride_order = strides_o[1]
+    p_k = p_kernel
+    n_row = n
+    stride_diagonal = stride_kn
+    if p_kernel is not None:
+        if p_order is not None:
+            stride_kb *= 16
+            stride_kn *= 16
+            n_row = n_load
+        if p_cu is not None:
+            p_k += first * stride_kn
+        else:
+            p_k += i_image * stride_kb
+        stride_diagonal = stride_kn + stride_kc
     p_i = p_indices + i_image * K
     p_g = p_gains + i_image * K
     o_n = i_g * BN + tl.arange(0, BN)
     m_n = o_n < n
+    b_tier = flags_of(p_tier, first, o_n, m_n)
+    b_stop = flags_of(p_stop, first, o_n, m_n)
 
     # Residuals of this program's columns; t picks, m rows of C, the level found exhausted, picks counted
     t = tl.full([], 0, tl.int32)
@@ -307,7 +260,7 @@ def greedy_kernel(
     exhausted = tl.full([], 0, tl.int32)
     count = tl.full([], 0, tl.int32)
     top = tl.full([], 0.0, tl.float32)
-    b_residual = initial_residual(p_o, stride_order, p_inv, first, o_n, m_n)
+    b_residual = initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n)
     if p_progress is not None:
         p_state = p_progress + i_slot * 8
         if round_from >= 0:
@@ -323,10 +276,10 @@ def greedy_kernel(
     if p_tier is not None:
         for i_n in range(0, n, BN):
             o_a = i_n + tl.arange(0, BN)
-            b_diag = initial_residual(p_o, stride_order, p_inv, first, o_a, o_a < n)
+            b_diag = initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_a, o_a < n)
             top_rest = tl.maximum(top_rest, tl.max(b_diag, axis=0))
 
-    best = tl.max(pick_keys(b_residual, p_tier, first, p_o, stride_order, o_n, m_n, exhausted), axis=0)
+    best = best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted)
     i_round = tl.maximum(round_from, 0)
     if p_slots is not None:
         publish(p_slots, i_round, n_slots, i_slot, best, n_g)
@@ -335,7 +288,7 @@ def greedy_kernel(
             best = best_of_all(p_slots, i_round, n_slots, i_slot - i_g, best, n_g, p_progress, BG)
         level = (best >> 61).to(tl.int32)
         gain = (((best >> 29) & 0xFFFFFFFF) - 0x80000000).to(tl.int32).to(tl.float32, bitcast=True)
-        j = 0x1FFFFFFF - (best & 0x1FFFFFFF).to(tl.int32)
+        j = MOST_TOKENS - 1 - ((best >> 1) & (MOST_TOKENS - 1)).to(tl.int32)
         ranked = level != exhausted
         top = tl.where(i_round == 0, gain, top)
         scale = top
@@ -348,28 +301,25 @@ def greedy_kernel(
                 tl.store(p_i + t, j.to(tl.int64))
                 tl.store(p_g + t, tl.where(ranked, gain, 0.0))
             b_residual = tl.where(o_n == j, TAKEN, b_residual)
-            if p_stop is not None:
-                count += tl.load(p_stop + first + j).to(tl.int32)
+            count += (best & 1).to(tl.int32)
             t += 1
             if ranked & (t < k) & (count < need):
                 if p_kernel is None:
                     p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
                     at = i_g * BN
-                    feature_row(p_x, p_o, p_inv, p_scale, p_row, first, j, at, n, strides_x, D, BN, BR, BD)
+                    feature_row(p_x, p_order, p_inv, p_scale, p_row, first, j, at, n, strides_x, D, BN, BR, BD)
                     tl.debug_barrier()
                     b_row = tl.load(p_row + first + o_n, mask=m_n, other=0.0)
                 else:
-                    p_kj = image_of(p_kernel, p_cu, i_s, first, strides_k) + j.to(tl.int64) * strides_k[1]
-                    b_row = tl.load(p_kj + o_n.to(tl.int64) * strides_k[2], mask=m_n, other=0.0)
+                    p_kj = p_k + j.to(tl.int64) * stride_kn
+                    b_row = tl.load(p_kj + o_n.to(tl.int64) * stride_kc, mask=o_n < n_row, other=0.0)
                     b_row = tl.where(tl.abs(b_row) < float("inf"), b_row, 0.0)
                 b_sum = tl.zeros([BN], dtype=tl.float32)
-                for i_m in range(0, m, BC):
-                    for i_c in tl.static_range(BC):
-                        m_c = i_m + i_c < m
-                        p_cm = p_c + tl.cast(i_m + i_c, tl.int64) * stride_cm
-                        b_cj = tl.load(p_cm + j, mask=m_c, other=0.0, cache_modifier=PAST_L1)
-                        b_c = tl.load(p_cm + o_n, mask=o_n < tl.where(m_c, n, 0), other=0.0)
-                        b_sum = tl.fma(b_c, tl.broadcast_to(b_cj, [BN]), b_sum)
+                whole = m - m % BC
+                for i_m in range(0, whole, BC):
+                    b_sum = add_rows(b_sum, p_c, j, o_n, n_load, i_m, None, stride_cm, PAST_L1, BN, BC)
+                if whole < m:
+                    b_sum = add_rows(b_sum, p_c, j, o_n, n_load, whole, m, stride_cm, PAST_L1, BN, BC)
                 b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
                 b_less = tl.fma(-b_new, b_new, b_residual)
                 b_less = tl.where(b_less > 0.0, b_less, 0.0)  # NaN counts as 0
@@ -378,7 +328,7 @@ def greedy_kernel(
                 m += 1
         i_round += 1
         tl.debug_barrier()  # the row of C is read by other threads in the next round
-        best = tl.max(pick_keys(b_residual, p_tier, first, p_o, stride_order, o_n, m_n, exhausted), axis=0)
+        best = best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted)
         if p_slots is not None:
             publish(p_slots, i_round, n_slots, i_slot, best, n_g)
 
@@ -414,7 +364,8 @@ def launch_greedy(
     """Ranks tokens greedily: indices (B, k) int64 in greedy order, -1 past the last pick, and gains (B, k) fp32.
 
     order: relevance, one per token, with `rows`; or, without them, the kernel itself, whose diagonal is then used.
-    kernel: L (B, N, N) of any strides, or (T, W) of packed segments; tokens: for a stage that makes its rows of them.
+    kernel: L (B, N, N), of any strides where it is the order, or (T, W) of packed segments, in rows as `launch_pairs`
+    leaves them; tokens: for a stage that makes the rows of L of them.
     tier: bool per token, True goes first. stop, need: end after `need` picks for which `stop` holds (for packed
     segments an int32 tensor). limits: int32 picks per packed segment. `out` is written in place of new tensors.
     """
@@ -426,13 +377,12 @@ def launch_greedy(
         return out
     source = tokens if stage.features else kernel
     assert source is not None
-    if rows is None:
-        strides_o = (order.stride(0), order.stride(1) + order.stride(2))
-    else:
+    strides_k = (0, 0, 0) if stage.features else layout.strides(source)
+    if rows is not None:
         order = order.contiguous()
-        strides_o = (layout.n, 1)
-    width = triton.cdiv(layout.n, 16) * 16  # C in aligned rows
-    factor = torch.empty((1 if layout.packed else layout.segments, k, width), device=device)
+        strides_k = (strides_k[0] // 16, strides_k[1] // 16, strides_k[2])
+    padded = triton.cdiv(layout.n, 16) * 16
+    factor = torch.empty((1 if layout.packed else layout.segments, k, padded), device=device)
     residual = None if plan.resident else torch.empty(layout.rows, device=device)
     progress = None if plan.resident else torch.empty((plan.total, 8), dtype=torch.int32, device=device)
     num_warps, unroll, registers = (FEATURE_BLOCKS if stage.features else BLOCKS)[plan.columns]
@@ -441,6 +391,7 @@ def launch_greedy(
     cooperative = {"launch_cooperative_grid": True} if plan.grid and plan.resident else {}
     spans = [(-1, plan.rounds)] if plan.resident else [(r, r + 1) for r in range(-1, plan.rounds)]
     images = layout.segments if layout.packed else plan.images
+    sharers = triton.cdiv(layout.n, plan.columns) if plan.grid else 1
     for image in range(0, layout.segments, images):
         programs = plan.total if layout.packed else min(images, layout.segments - image) * plan.slots
         for span in spans:
@@ -449,7 +400,7 @@ def launch_greedy(
                 programs,
                 None if stage.features else kernel,
                 tokens if stage.features else None,
-                order,
+                None if rows is None else order,
                 None if rows is None else rows.inv_norm,
                 rows.scale if rows is not None and stage.features else None,
                 None if tier is None else tier.view(torch.uint8),
@@ -463,11 +414,8 @@ def launch_greedy(
                 stage.slots if plan.grid else None,
                 residual,
                 progress,
-                None if stage.features else layout.strides(source),
+                *strides_k,
                 layout.strides(source) if stage.features else None,
-                strides_o,
-                0 if layout.packed else k * width,
-                width,
                 layout.segments,
                 layout.n,
                 source.shape[-1],
@@ -480,7 +428,7 @@ def launch_greedy(
                 stage.upto,
                 *span,
                 BN=plan.columns,
-                BG=triton.next_power_of_2(triton.cdiv(layout.n, plan.columns)),
+                BG=next((g for g in SHARERS if g >= sharers), triton.next_power_of_2(sharers)),
                 BC=unroll,
                 BR=FEATURE_ROWS,
                 BD=FEATURE_COLS,

@@ -87,7 +87,7 @@ def segment(p_cu, i_s, N):
         n = tl.minimum(tl.maximum(tl.load(p_cu + i_s + 1), first), N) - first
     else:
         first = i_s.to(tl.int64) * N
-        n = i_s * 0 + N  # a tensor, also where N = 1 was specialised to a constant
+        n = N
     return first.to(tl.int64), n
 
 

@@ -150,7 +150,7 @@ def add_sums(p_sums, o_flat, m_s, rows, b_degree, b_near, b_all):
     tl.atomic_add(p_degree + rows + rows, b_all.to(tl.int64), mask=m_s, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_clear", "width", "row16", "S", "N", "slots", "fan", "rows"])
 def pair_kernel(
     p_tokens,
     p_inv,
@@ -158,13 +158,14 @@ def pair_kernel(
     p_score,  # fp32, one per token: relevance is their min-max; or None
     p_range,  # int32 (S, 2), or None without a query
     p_relevance,  # fp32, one per token: read, or written with p_score, when +inf marks a bad token
-    p_kernel,  # fp32 (B, N, N), or (T, width); segments of more than `width` tokens are left out
+    p_kernel,  # fp32 L in rows of 16 * row16; segments of more than `width` tokens are left out
     p_sums,  # int64 (PLANES, rows), or None
     p_clear,  # int64 (n_clear), set to zero on the way
     p_cu,
     strides,
     n_clear,
     width,
+    row16,
     S,
     N,
     D,
@@ -190,7 +191,8 @@ def pair_kernel(
     if i_m * BT >= n:
         return
     p_x = image_of(p_tokens, p_cu, i_s, first, strides)
-    p_k = p_kernel + first * width
+    stride_k = row16 * 16
+    p_k = p_kernel + first * stride_k
     low, high = score_range(p_range, i_s)
 
     # Everything about the row of tiles is recomputed: what is kept across tiles costs registers in the products.
@@ -240,15 +242,15 @@ def pair_kernel(
             b_k = tl.where(o_m[:, None] == o_n[None, :], b_diag[:, None], b_k)
             m_k = m_m[:, None] & m_n[None, :]
             o_t = tl.arange(0, BT)
-            p_upper = p_k + (tl.cast(i_m, tl.int64) * width + i_n) * BT + (o_t[:, None] * width + o_t[None, :])
-            p_lower = p_k + (tl.cast(i_n, tl.int64) * width + i_m) * BT + (o_t[None, :] * width + o_t[:, None])
+            p_upper = p_k + (tl.cast(i_m, tl.int64) * stride_k + i_n) * BT + (o_t[:, None] * stride_k + o_t[None, :])
+            p_lower = p_k + (tl.cast(i_n, tl.int64) * stride_k + i_m) * BT + (o_t[None, :] * stride_k + o_t[:, None])
             tl.store(p_upper, b_k, mask=m_k & (o_m[:, None] <= o_n[None, :]))
             tl.store(p_lower, b_k, mask=m_k & (o_m[:, None] < o_n[None, :]))
 
 
 @triton.jit
-def round_sizes(p_cu, n, keep, drop_bits, rounds, ROUND: tl.constexpr):
-    """Tokens left before round ROUND and the number it drops: the quota is spread over the rounds.
+def round_sizes(p_cu, n, keep, drop_bits, rounds, at_round):
+    """Tokens left before round `at_round` and the number it drops: the quota is spread over the rounds.
 
     GSP keeps `keep` tokens of images, and n - floor(gsp_drop * n) of segments, in double arithmetic.
     """
@@ -257,14 +259,14 @@ def round_sizes(p_cu, n, keep, drop_bits, rounds, ROUND: tl.constexpr):
         keep = n - tl.floor(n.to(tl.float64) * share).to(tl.int32)
     left = n - keep
     drop = tl.cdiv(left, rounds)
-    for i_round in tl.static_range(ROUND):
+    for i_round in range(0, at_round):
         n = n - drop
         left = left - drop
         drop = tl.cdiv(left, rounds - i_round - 1)
     return n, drop
 
 
-@triton.jit(do_not_specialize=["drop_bits"])
+@triton.jit(do_not_specialize=["S", "N", "slots", "splits", "rows", "keep", "drop_bits", "rounds", "at_round"])
 def match_kernel(
     p_tokens,
     p_inv,
@@ -282,8 +284,8 @@ def match_kernel(
     keep,
     drop_bits,
     rounds,
+    at_round,
     threshold,
-    ROUND: tl.constexpr,
     PLANES: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -293,7 +295,7 @@ def match_kernel(
     i_slot = tl.program_id(0) // splits
     i_split = tl.program_id(0) - i_slot * splits
     i_s, i_tile, first, n = locate(p_cu, i_slot, S, N, slots, 2 * BM)
-    n, _ = round_sizes(p_cu, n, keep, drop_bits, rounds, ROUND)
+    n, _ = round_sizes(p_cu, n, keep, drop_bits, rounds, at_round)
     sources = (n + 1) // 2
     destinations = n // 2
     tiles = tl.cdiv(destinations, BN)
@@ -355,7 +357,8 @@ def launch_pairs(
 
     relevance: one per token, fp32; without it, it is made of `rows.score` and their `reach` (`MeanQuery.reach`, None:
     no query), and +inf marks bad tokens. width: of L; images have it whole or, if they are too long, not at all; what
-    lies past a segment's length is not written. `clear` is an int64 buffer that the same launch sets to zero.
+    lies past a segment's length is not written. L is a view of rows of whole multiples of 16 floats. `clear` is an
+    int64 buffer that the same launch sets to zero.
     """
     sums = rows.sums
     scored = relevance is None
@@ -364,8 +367,9 @@ def launch_pairs(
     tile = (MATRIX_TILES if sums is None else PAIR_TILES)[tokens.dtype]
     slots, total = layout.slots(tile["BT"])
     fan = triton.cdiv(width, tile["BT"]) if sums is None else min(triton.cdiv(layout.n, tile["BT"]), FANOUT)
-    shape = (layout.n, width) if layout.packed else (layout.segments, width, width)
-    kernel = torch.empty(shape, dtype=torch.float32, device=tokens.device)
+    row16 = triton.cdiv(width, 16)
+    shape = (layout.n, 16 * row16) if layout.packed else (layout.segments, width, 16 * row16)
+    kernel = torch.empty(shape, dtype=torch.float32, device=tokens.device)[..., :width]
     if total * fan == 0:
         return relevance, kernel
     launch(
@@ -384,6 +388,7 @@ def launch_pairs(
         layout.strides(tokens),
         0 if clear is None else clear.numel(),
         width,
+        row16,
         layout.segments,
         layout.n,
         tokens.shape[-1],
@@ -435,8 +440,8 @@ def launch_match(
         keep,
         drop_bits,
         rounds,
+        at_round,
         saturate(threshold),
-        ROUND=at_round,
         PLANES=len(sums),
         **tile,
     )

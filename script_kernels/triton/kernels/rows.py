@@ -104,7 +104,7 @@ def row_stats(p_rows, m_rows, stride_d, p_other, D, BR: tl.constexpr, BC: tl.con
     return b_inv, b_scale, b_cos
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_q", "S", "N", "slots", "rows"])
 def row_kernel(
     p_tokens,
     p_aligned,  # rows whose relevance counts in their place, or None
@@ -247,7 +247,7 @@ def min_max(b_score, low, high):
     return tl.where(b_score == float("inf"), 0.0, b_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "slots"])
 def min_max_kernel(p_score, p_range, p_relevance, S, N, slots, BLOCK: tl.constexpr):
     i_s, i_tile, first, n = locate(None, tl.program_id(0), S, N, slots, BLOCK)
     o_n = i_tile * BLOCK + tl.arange(0, BLOCK)

@@ -8,16 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from script_kernels import targets
 
 pytest.importorskip("triton")
-from triton._C.libtriton import native_specialize_impl
-from triton.compiler import make_backend
 
 ROOT = Path(targets.__file__).parents[1]
 
@@ -144,10 +140,10 @@ for call, name in (
     (lambda: wide_kernel[(1,)](half, x, BLOCK=256, num_warps=16, num_stages=3), "sm_86"),
     (lambda: broken_kernel[(1,)](x, x, BLOCK=64), "sm_90"),
 ):
-    with targets.recording("bad") as take:
+    with targets.recording("bad", name) as take:
         call()
         (launch,) = take("only")
-    print(*targets.compile_launch(launch, name).problems)
+    print(*targets.compile_launch(launch).problems)
 """
 
 
@@ -171,46 +167,96 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def test_arguments_are_specialised_as_at_run_time():
-    """Against what the runtime itself derives."""
-    backend = make_backend(targets.gpu_target("sm_90"))
-    given = {
-        "p_x": torch.empty(8, dtype=torch.bfloat16),
-        "none": None,
-        "one": 1,
-        "aligned": 64,
-        "odd": 2**40 + 1,
-        "free": 32,
-        "free_one": 1,
-        "scale": 1.0,
-        "strides": (1, 48, 7, torch.empty(4), None),
-        "free_strides": (1, 48),
-    }
-    parameters = [
-        SimpleNamespace(name=name, is_constexpr=False, do_not_specialize=name.startswith("free")) for name in given
-    ]
-    parameters.append(SimpleNamespace(name="BLOCK", is_constexpr=True, do_not_specialize=False))
-    kernel = SimpleNamespace(params=parameters)
-    signature, constants, attributes = targets.describe(kernel, {**given, "BLOCK": 16})
-    for i, (name, value) in enumerate(given.items()):
-        kind, hint = native_specialize_impl(backend, value, False, not name.startswith("free"), True)
-        assert signature[name] == kind, name
-        hints = (
-            dict(zip([(i, j) for j in range(len(hint))], hint, strict=True))
-            if isinstance(value, tuple)
-            else {(i,): hint}
+STORM = """
+from script_kernels import targets
+from script_kernels.options import PruneOptions
+from script_kernels.triton.prune import launch_prune
+from script_kernels.triton.prune_varlen import launch_prune_varlen
+import torch
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def kernels(calls):
+    with targets.recording("traffic") as take:
+        for call in calls:
+            call()
+        return len({launch.key for launch in take("")})
+
+
+sizes = [*range(1, 20), 33, 64, 100, 144, 256, 333, 400, 513, 576, 577, 729, 784, 1000, 1024, 1025, 1369, 2048]
+sizes += [2880, 6000]
+images = [(b, n, keep) for b in (1, 2, 3, 5, 8, 32) for n in sizes for keep in {1, -(-n // 9), n // 3 or 1}]
+for share in (1, 2):
+    print(kernels(
+        lambda b=b, n=n, keep=keep: launch_prune(
+            empty(b, n, 4096), empty(1 + (b - 1) % share, 20 + n % 7, 4096), keep, PruneOptions()
         )
-        for path, expected in hints.items():
-            assert (path in attributes) == (expected == "D"), path
-    assert signature["BLOCK"] == "constexpr"
-    assert constants == {(1,): None, (2,): 1, (8, 0): 1, (8, 4): None, (9, 0): 1, (10,): 16}
+        for b, n, keep in images
+    ))
+packed = [(s, t) for s in (1, 2, 5, 16, 33, 64) for t in sizes if t >= s]
+print(kernels(
+    lambda s=s, t=t: launch_prune_varlen(
+        empty(t, 4096), empty(s + 1, dtype=torch.int32), empty(1, 20, 4096), [t // s // 9 or 1] * s, PruneOptions()
+    )
+    for s, t in packed
+))
+"""
+
+
+def test_no_traffic_compiles_more_than_twelve_kernels():
+    """Every compilation is a stall of seconds in a server: batches, lengths and counts of all kinds, one model."""
+    done = run("-c", STORM)
+    assert done.returncode == 0, done.stderr
+    counts = [int(line) for line in done.stdout.split()]
+    assert len(counts) == 3
+    assert max(counts) <= 12, counts
+    assert min(counts) >= 6, counts
+
+
+def test_the_run_time_finds_what_was_compiled():
+    """`targets` fills Triton's cache for the kernels that the run time will ask for: same source, same options."""
+    script = """
+import triton.compiler
+from triton.runtime.driver import driver
+from script_kernels import targets
+from script_kernels.triton.tables import LAUNCHES
+
+class Compiled:
+    function = packed_metadata = None
+    def launch_metadata(self, *arguments): pass
+    def run(self, *arguments): pass
+
+def compile(source, target, options, **_):
+    asked.add((source.hash(), str(target), str(options)))
+    return Compiled()
+
+asked = set()
+ours = {
+    (triton.compiler.ASTSource(x.kernel, x.signature, x.constants, x.attributes).hash(),
+     str(targets.gpu_target(x.target)), str(x.options.__dict__))
+    for x in targets.collect(["prune"])
+}
+triton.compiler.compile = compile
+for launch in targets.collect(["prune"]):
+    launch.kernel.device_caches.clear()
+driver._active = targets.Driver("sm_90")
+for group, _, call in LAUNCHES:
+    if group == "prune":
+        call()
+assert len(ours) > 6 and asked == ours, (len(asked), len(ours), len(asked & ours))
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_launch_fixes_the_fusion_of_products_and_sums():
     """Its default changes with Triton's version, and with it bits; `launch` is the one place that launches."""
     script = """
 from script_kernels import targets
-print({launch.options["enable_fp_fusion"] for launch in targets.collect()})
+print({launch.options.enable_fp_fusion for launch in targets.collect()})
 """
     done = run("-c", script)
     assert done.stdout == "{True}\n", done.stderr

@@ -149,6 +149,17 @@ def test_varlen_of_a_strided_and_of_an_empty_batch():
 @pytest.mark.parametrize("oversample", [1.0, 1.1, 2.0, 1e30])
 def test_counts_reach_the_device(oversample):
     keep = [3 * i % 101 for i in range(70)]
-    counts, limits = launch_place(keep, oversample, 150, torch.device(DEVICE))
+    bounds = torch.arange(142, dtype=torch.int32, device=DEVICE)[::2]
+    counts, limits, sound = launch_place(keep, bounds, oversample, 150)
     assert counts.tolist() == keep
     assert limits.tolist() == [min(150, math.ceil(oversample * k)) for k in keep]
+    assert torch.equal(sound, bounds)
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
+def test_bounds_become_sound_whatever_they_are(count):
+    generator = torch.Generator().manual_seed(count)
+    bounds = torch.randint(-50, 200, (count + 1,), generator=generator, dtype=torch.int32)
+    bounds[::7] = torch.tensor([2**31 - 1, -(2**31), 150])[torch.arange(len(bounds[::7])) % 3]
+    sound = launch_place([1] * count, bounds.to(DEVICE), 2.0, 150)[2].cpu()
+    assert torch.equal(sound, bounds.cummax(0).values.clamp(0, 150))

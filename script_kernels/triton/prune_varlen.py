@@ -1,6 +1,7 @@
 """prune_varlen: `prune` of packed segments, in the launches of a dense batch and one more per 32 segments.
 
-The extra launch puts the counts of `keep`, which are host integers, on the device.
+The extra launch puts the counts of `keep`, which are host integers, on the device, and makes the bounds of the segments
+sound, whatever they are.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,6 @@ def launch_prune_varlen(
     """Indices (sum(keep),) int64 into the packed tokens (T, D), ascending within each segment."""
     if sum(keep) == 0:
         return torch.empty(0, dtype=torch.int64, device=tokens.device)
-    layout = Layout.of(tokens, cu_seqlens)
-    counts, limits = launch_place(keep, options.oversample, layout.n, tokens.device)
+    counts, limits, bounds = launch_place(keep, cu_seqlens, options.oversample, tokens.shape[0])
+    layout = Layout.of(tokens, bounds)
     return prune_layout(tokens, layout, query, keep, options, aligned=aligned, counts=counts, limits=limits)

@@ -15,7 +15,7 @@ from .gsp import launch_gsp
 from .kernels.greedy import SHARERS, launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import MATRIX_TILES, launch_pairs
-from .kernels.plan import BLOCKS, EXTRA_ROUNDS, FEATURE_BLOCKS, Plan, Stage
+from .kernels.plan import EXTRA_ROUNDS, FEATURE_BLOCKS, Plan, Stage
 from .kernels.rows import Rows
 from .prune import launch_prune
 from .prune_varlen import launch_prune_varlen
@@ -28,9 +28,9 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def relevance(dtype: torch.dtype, masked: bool = False) -> None:
-    mask = empty(8, 20, dtype=torch.bool) if masked else None
-    launch_query_relevance(empty(8, 576, 1024, dtype=dtype), empty(8, 20, 1024, dtype=dtype), mask)
+def relevance(dtype: torch.dtype, masked: bool = False, vectors: int = 20) -> None:
+    mask = empty(8, vectors, dtype=torch.bool) if masked else None
+    launch_query_relevance(empty(8, 576, 1024, dtype=dtype), empty(8, vectors, 1024, dtype=dtype), mask)
 
 
 def match(dtype: torch.dtype, n: int = 576) -> None:
@@ -103,6 +103,7 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
     ("query_relevance", "bf16", partial(relevance, BF16)),
     ("query_relevance", "fp16 masked", partial(relevance, FP16, True)),
     ("query_relevance", "fp32", partial(relevance, FP32)),
+    ("query_relevance", "bf16 Q=512", partial(relevance, BF16, vectors=512)),
     ("bipartite_match", "bf16", partial(match, BF16)),
     ("bipartite_match", "fp16", partial(match, FP16)),
     ("bipartite_match", "fp32", partial(match, FP32)),
@@ -117,9 +118,15 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
     ),
     *(
         ("greedy", f"{columns} {mode} of {sharers}", partial(greedy, columns, mode, sharers=sharers))
-        for columns in BLOCKS
-        for sharers in (1, *(SHARERS if columns < 1024 else SHARERS[:1]))
-        for mode in ("diagonal", "stop", "tiers", "packed", "packed tiers")
+        for columns, *widths in ((64, *SHARERS), (256, 1, *SHARERS), (1024, 1), (2048, 1, SHARERS[0]))
+        for sharers in widths
+        for mode in ("diagonal", "stop", "tiers")
+    ),
+    *(
+        ("greedy", f"{columns} {mode} of {sharers}", partial(greedy, columns, mode, sharers=sharers))
+        for columns, *widths in ((64, SHARERS[1]), (256, 1, SHARERS[1]), (1024, 1, SHARERS[1]))
+        for sharers in widths
+        for mode in ("packed", "packed tiers")
     ),
     *(
         (

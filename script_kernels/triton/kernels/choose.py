@@ -218,15 +218,23 @@ def intersect_kernel(
         b_place = tl.cumsum(b_flag, axis=0) + taken - 1
         tl.store(p_out + i_out + b_place, i_base + o_n, mask=b_flag != 0)
         taken += tl.sum(b_flag, axis=0)
+    # A count above the segment's length, which the host could not see: no entry stays unwritten or out of range
+    last = tl.minimum(tl.maximum(i_base + n - 1, 0), tl.maximum(N - 1, 0))
+    for i_c in range(taken, keep, BLOCK):
+        o_k = i_c + tl.arange(0, BLOCK)
+        tl.store(p_out + i_out + o_k, tl.zeros([BLOCK], tl.int64) + last, mask=o_k < keep)
 
 
-@triton.jit(do_not_specialize=["S", "i_from", "most", *(f"k{i}" for i in range(32)), "oversample_bits"])
+@triton.jit(do_not_specialize=["S", "N", "i_from", *(f"k{i}" for i in range(32)), "oversample_bits"])
 def place_kernel(
     p_counts,  # (S,) int32
-    p_limits,  # (S,) int32: ceil(oversample * keep)
+    p_limits,  # (S,) int32: ceil(oversample * keep), at most N
+    p_bounds,  # (S + 1,) int32: ascending, within [0, N]
+    p_cu,  # (S + 1,) int32: whatever the caller passed as such
+    stride_cu,
     i_from,
     S,
-    most,
+    N,
     oversample_bits,
     k0,
     k1,
@@ -262,8 +270,22 @@ def place_kernel(
     k31,
     BLOCK: tl.constexpr,
 ):
-    """Writes up to 32 counts and the lengths of their rankings."""
+    """Writes up to 32 counts, the lengths of their rankings, and the ends of their segments.
+
+    The host cannot check the bounds of segments without waiting for the device. Kernels take them as they are, so here
+    they become what they should be: a bound is no lower than those before it, and within the tokens.
+    """
     o_s = tl.arange(0, BLOCK)
+    before = tl.minimum(tl.maximum(tl.load(p_cu), 0), N)
+    if i_from == 0:
+        tl.store(p_bounds, before)
+    for i_c in range(0, i_from, BLOCK):
+        b_cu = tl.load(p_cu + (i_c + 1 + o_s).to(tl.int64) * stride_cu)
+        before = tl.maximum(before, tl.minimum(tl.max(b_cu, axis=0), N))
+    m_s = i_from + o_s < S
+    b_cu = tl.load(p_cu + (i_from + 1 + o_s).to(tl.int64) * stride_cu, mask=m_s, other=0)
+    b_upto = tl.max(tl.where(o_s[None, :] <= o_s[:, None], b_cu[None, :], 0), axis=1)
+    tl.store(p_bounds + i_from + 1 + o_s, tl.maximum(before, tl.minimum(b_upto, N)), mask=m_s)
     b_keep = tl.zeros([BLOCK], dtype=tl.int32)
     b_keep = tl.where(o_s == 0, k0, b_keep)
     b_keep = tl.where(o_s == 1, k1, b_keep)
@@ -298,8 +320,7 @@ def place_kernel(
     b_keep = tl.where(o_s == 30, k30, b_keep)
     b_keep = tl.where(o_s == 31, k31, b_keep)
     share = oversample_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    b_limit = tl.minimum(tl.ceil(b_keep.to(tl.float64) * share), most.to(tl.float64)).to(tl.int32)
-    m_s = i_from + o_s < S
+    b_limit = tl.minimum(tl.ceil(b_keep.to(tl.float64) * share), N.to(tl.float64)).to(tl.int32)
     tl.store(p_counts + i_from + o_s, b_keep, mask=m_s)
     tl.store(p_limits + i_from + o_s, b_limit, mask=m_s)
 
@@ -397,15 +418,18 @@ def launch_intersect(
     return out
 
 
-def launch_place(keep: Sequence[int], oversample: float, most: int, device: torch.device) -> list[torch.Tensor]:
-    """`keep` and min(most, ceil(oversample * keep)) as int32 tensors, without a copy from the host.
+def launch_place(
+    keep: Sequence[int], cu_seqlens: torch.Tensor, oversample: float, n: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`keep` and min(n, ceil(oversample * keep)) (S,), and sound bounds (S + 1,): int32, without a copy from the host.
 
-    They travel as kernel arguments: a copy from pageable memory would synchronise, and a CUDA graph would not keep it.
+    Counts travel as kernel arguments: a copy from pageable memory would synchronise, and no CUDA graph would keep it.
     """
-    placed = [torch.empty(len(keep), dtype=torch.int32, device=device) for _ in range(2)]
-    for start in range(0, len(keep), PLACED):
+    count, device = len(keep), cu_seqlens.device
+    counts, limits, bounds = (torch.empty(size, dtype=torch.int32, device=device) for size in (count, count, count + 1))
+    for start in range(0, count, PLACED):
         some = list(keep[start : start + PLACED])
         some += [0] * (PLACED - len(some))
-        sizes = (start, len(keep), most, double_bits(oversample))
-        launch(place_kernel, 1, *placed, *sizes, *some, BLOCK=PLACED, num_warps=1)
-    return placed
+        sizes = (cu_seqlens.stride(0), start, count, n, double_bits(oversample))
+        launch(place_kernel, 1, counts, limits, bounds, cu_seqlens, *sizes, *some, BLOCK=PLACED, num_warps=1)
+    return counts, limits, bounds

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .layout import Layout, image_of, launch, locate, order_key
 from .pairs import finite_relevance
-from .plan import BLOCKS, FEATURE_BLOCKS, MOST_TOKENS, Stage
+from .plan import BLOCKS, FEATURE_BLOCKS, MOST_TOKENS, Plan, Stage
 from .rows import Rows, widen
 
 RANK_TOLERANCE = tl.constexpr(1e-6)
@@ -346,6 +346,14 @@ def greedy_kernel(
             tl.store(p_g + o_t, tl.zeros([BN], tl.float32), mask=o_t < K)
 
 
+def exchange_width(layout: Layout, plan: Plan) -> int:
+    """Keys that a program reads at once, of few values, for each is a compilation."""
+    sharers = triton.cdiv(layout.n, plan.columns)
+    if not plan.grid:
+        return SHARERS[0]
+    return next((g for g in SHARERS[layout.packed :] if g >= sharers), triton.next_power_of_2(sharers))
+
+
 def launch_greedy(
     layout: Layout,
     order: torch.Tensor,
@@ -391,7 +399,6 @@ def launch_greedy(
     cooperative = {"launch_cooperative_grid": True} if plan.grid and plan.resident else {}
     spans = [(-1, plan.rounds)] if plan.resident else [(r, r + 1) for r in range(-1, plan.rounds)]
     images = layout.segments if layout.packed else plan.images
-    sharers = triton.cdiv(layout.n, plan.columns) if plan.grid else 1
     for image in range(0, layout.segments, images):
         programs = plan.total if layout.packed else min(images, layout.segments - image) * plan.slots
         for span in spans:
@@ -418,7 +425,7 @@ def launch_greedy(
                 layout.strides(source) if stage.features else None,
                 layout.segments,
                 layout.n,
-                source.shape[-1],
+                source.shape[-1] if stage.features else 0,
                 k,
                 need if stop is not None and isinstance(need, int) else k,
                 plan.slots,
@@ -428,7 +435,7 @@ def launch_greedy(
                 stage.upto,
                 *span,
                 BN=plan.columns,
-                BG=next((g for g in SHARERS if g >= sharers), triton.next_power_of_2(sharers)),
+                BG=exchange_width(layout, plan),
                 BC=unroll,
                 BR=FEATURE_ROWS,
                 BD=FEATURE_COLS,

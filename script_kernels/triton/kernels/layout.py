@@ -3,7 +3,8 @@
 Dense images and packed segments run through the same kernels. A program owns one tile of rows of one image, and `slot`
 numbers the tiles of all images. Packed segments have lengths that only the device knows, while a grid has to be static:
 segment s owns the slots from cu[s] // BLOCK + s on, which is at least cdiv(length, BLOCK) of them and T // BLOCK + S
-altogether; a program whose slot lies behind the end of its segment returns at once. Per-row arrays are flat: entry
+altogether; a program whose slot lies behind the end of its segment returns at once. Bounds are ascending and within
+[0, T]: `launch_place` sees to that on the device. Per-row arrays are flat: entry
 `first + row`, with `first` = image * N or cu[s].
 
 What a kernel can do without is passed as None: Triton compiles a variant without it, as it would for a flag.
@@ -81,14 +82,14 @@ def saturate(x: float) -> float:
 
 @triton.jit
 def segment(p_cu, i_s, N):
-    """First flat row (int64) and length of a segment. Bounds are clamped: they cannot be checked without a sync."""
+    """First flat row (int64) and length of a segment."""
     if p_cu is not None:
-        first = tl.minimum(tl.maximum(tl.load(p_cu + i_s), 0), N)
-        n = tl.minimum(tl.maximum(tl.load(p_cu + i_s + 1), first), N) - first
+        first = tl.load(p_cu + i_s).to(tl.int64)
+        n = (tl.load(p_cu + i_s + 1) - first).to(tl.int32)
     else:
         first = i_s.to(tl.int64) * N
         n = N
-    return first.to(tl.int64), n
+    return first, n
 
 
 @triton.jit

@@ -15,6 +15,10 @@ EXTRA_ROUNDS = 3  # one per level whose rank can run out
 
 # Columns per program -> warps, rows of C read at once, registers per thread.
 BLOCKS = {64: (2, 16, 128), 256: (4, 16, 168), 1024: (8, 16, 255), 2048: (16, 4, 128)}
+# Widths that the dispatch knows of, few, for each is a compilation: of the only program of an image, and of several
+# that share one. Packed segments have lengths that the host does not know: even a short one may count as shared.
+SINGLE, SHARED = (256, 1024, 2048), (64, 256, 2048)
+PACKED_SINGLE, PACKED_SHARED = (256, 1024), (64, 256, 1024)
 # Rows of L made from the tokens: the tile that sums over the features has one layout for all widths.
 FEATURE_BLOCKS = {128: (8, 16, 255), 512: (8, 16, 255), 2048: (8, 4, 255)}
 
@@ -62,7 +66,10 @@ def plan_greedy(
     One program per image while N * k is small. Otherwise the narrowest blocks with which all programs are on the device
     at once, one program per image if there are none, and else several launches. `columns` overrides the choice.
     """
-    blocks = FEATURE_BLOCKS if features else BLOCKS
+    single: tuple[int, ...] = PACKED_SINGLE if layout.packed else SINGLE
+    shared: tuple[int, ...] = PACKED_SHARED if layout.packed else SHARED
+    if features:
+        single = shared = tuple(FEATURE_BLOCKS)
     n, segments, varlen = layout.n, layout.segments, layout.packed
     width = n if upto is None else min(n, upto)
     processors = 132 if device.type == "meta" else 0  # what is only compiled is compiled as for an H100
@@ -73,11 +80,11 @@ def plan_greedy(
     if columns is None:
         mean = triton.cdiv(n, segments) if varlen else n
         least = mean if mean * (k if picks is None else picks) <= SINGLE_WORK else 0
-        single = next((c for c in blocks if c >= width), None)
-        fitting = (c for c in blocks if c >= least and layout.slots(c)[1] <= processors)
-        columns = next(fitting, None) or single or max(blocks)
-        if not varlen and least and single:
-            columns = single
+        alone = next((c for c in single if c >= width), None)
+        fitting = (c for c in shared if least <= c < width and layout.slots(c)[1] <= processors)
+        columns = next(fitting, None) or alone or max(BLOCKS)
+        if not varlen and least and alone:
+            columns = alone
     slots, total = layout.slots(columns)
     grid = width > columns
     images = segments

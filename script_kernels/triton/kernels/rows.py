@@ -27,6 +27,7 @@ ROW_WARPS, ROW_REGISTERS = 4, 128
 BLOCK_OUT = 128  # columns of the mean query vector per program
 QUERY_ROWS, QUERY_COLS = 4, 1024  # read at once for the norms
 QUERY_WARPS, QUERY_REGISTERS = 16, 128
+QUERY_SERIAL = 32  # vectors up to which one launch finds their norms too, row after row
 BLOCK_SCORES, SCORE_WARPS = 1024, 4
 
 
@@ -172,10 +173,12 @@ def row_kernel(
             tl.store(p_sums + tl.full([], i_plane, tl.int64) * rows + o_flat, b_clear, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "Q"])
 def mean_query_kernel(
     p_query,
-    p_mask,  # uint8, or None
+    p_mask,  # uint8, not 0 where a vector counts, or None
+    p_inv,  # fp32 (queries, Q) row statistics, or None: found here, row after row
+    p_scale,
     p_mean,  # (queries, C) fp32
     p_range,  # (images, 2) int32
     strides,
@@ -184,28 +187,20 @@ def mean_query_kernel(
     Q,
     C,
     sign,
-    SHARED: tl.constexpr,  # one query for all images
     BR: tl.constexpr,
     BC: tl.constexpr,
     BO: tl.constexpr,
 ):
     """sign / M * sum of the M unmasked unit query vectors, BO columns of it; resets the range of the scores."""
     blocks = tl.cdiv(C, BO)
-    i_c = tl.program_id(0)
-    i_b = tl.full([], 0, dtype=tl.int64)
-    if not SHARED:
-        i_b += i_c // blocks
-        i_c = i_c % blocks
-    if SHARED:
-        for i_s in range(i_c * BO, images, blocks * BO):
-            o_s = i_s + tl.arange(0, BO)
-            tl.store(p_range + 2 * o_s, 0x7FFFFFFF, mask=o_s < images)
-            tl.store(p_range + 2 * o_s + 1, -0x7FFFFFFF, mask=o_s < images)
-    elif i_c == 0:
-        tl.store(p_range + 2 * i_b, 0x7FFFFFFF)
-        tl.store(p_range + 2 * i_b + 1, -0x7FFFFFFF)
+    pid = tl.program_id(0)
+    for i_s in range(pid * BO, images, tl.num_programs(0) * BO):
+        o_s = i_s + tl.arange(0, BO)
+        tl.store(p_range + 2 * o_s, 0x7FFFFFFF, mask=o_s < images)
+        tl.store(p_range + 2 * o_s + 1, -0x7FFFFFFF, mask=o_s < images)
 
-    o_out = i_c * BO + tl.arange(0, BO)
+    i_b = (pid // blocks).to(tl.int64)
+    o_out = (pid % blocks) * BO + tl.arange(0, BO)
     m_out = o_out < C
     b_sum = tl.zeros([BO], dtype=tl.float32)
     b_count = tl.zeros([BR], dtype=tl.int32)
@@ -216,7 +211,11 @@ def mean_query_kernel(
         if p_mask is not None:
             m_q = m_q & (tl.load(p_mask + i_b * strides_m[0] + o_q * strides_m[1], mask=m_q, other=0) != 0)
         p_rows = p_image + o_q.to(tl.int64) * strides[1]
-        b_inv, b_scale, _ = row_stats(p_rows, m_q, strides[2], None, C, BR, BC)
+        if p_inv is not None:
+            b_inv = tl.load(p_inv + i_b * Q + o_q, mask=m_q, other=0.0)
+            b_scale = tl.load(p_scale + i_b * Q + o_q, mask=m_q, other=1.0)
+        else:
+            b_inv, b_scale, _ = row_stats(p_rows, m_q, strides[2], None, C, BR, BC)
         p_x = p_rows[:, None] + o_out[None, :].to(tl.int64) * strides[2]  # [BR, BO]
         b_x = widen(tl.load(p_x, mask=m_q[:, None] & m_out[None, :], other=0.0))
         b_unit = tl.where((b_inv > 0.0)[:, None], b_x * b_scale[:, None] * b_inv[:, None], 0.0)
@@ -307,7 +306,10 @@ def launch_rows(
 
 
 def launch_mean_query(query: torch.Tensor, query_mask: torch.Tensor | None, negate: bool, images: int) -> MeanQuery:
-    """The mean unit vector of each query (B or 1, Q, C), and the range of the scores, reset."""
+    """The mean unit vector of each query (B or 1, Q, C), and the range of the scores, reset.
+
+    One launch, and with many vectors one before it, which takes their norms all at once.
+    """
     batch, q, c = query.shape
     mask = None
     if query_mask is not None:
@@ -316,11 +318,15 @@ def launch_mean_query(query: torch.Tensor, query_mask: torch.Tensor | None, nega
         mask = query_mask.expand(batch, q).view(torch.uint8)
     mean = torch.empty((batch, c), dtype=torch.float32, device=query.device)
     reach = torch.empty((images, 2), dtype=torch.int32, device=query.device)
+    many = q > QUERY_SERIAL
+    rows = launch_rows(query, Layout.of(query)) if many else None
     launch(
         mean_query_kernel,
         batch * triton.cdiv(c, BLOCK_OUT),
         query,
         mask,
+        None if rows is None else rows.inv_norm,
+        None if rows is None else rows.scale,
         mean,
         reach,
         query.stride(),
@@ -329,8 +335,7 @@ def launch_mean_query(query: torch.Tensor, query_mask: torch.Tensor | None, nega
         q,
         c,
         -1.0 if negate else 1.0,
-        SHARED=batch == 1,
-        BR=QUERY_ROWS,
+        BR=4 * QUERY_ROWS if many else QUERY_ROWS,
         BC=QUERY_COLS,
         BO=BLOCK_OUT,
         num_warps=QUERY_WARPS,

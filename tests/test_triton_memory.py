@@ -34,7 +34,7 @@ def test_malformed_segments_stay_inside_their_tensors(bounds, widest, options, m
     query = testing.make_query(3, 3, 5 if options else 12)
     with bounds_checked() as checked:
         kept = BACKEND.prune_varlen(tokens, cu_seqlens, query, [7, 20, 3], aligned=aligned, **options)
-    assert checked[0] > 500
+    assert checked[0] > 200
     assert kept.shape == (30,)
     assert ((kept >= 0) & (kept < 60)).all()
 

@@ -355,10 +355,12 @@ def launch_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Relevance (rows,) and L (B, N, N) or packed (T, width) in one launch, which adds to `rows.sums` if there are any.
 
+    The rows of L are longer than that, whole multiples of 16 floats.
+
     relevance: one per token, fp32; without it, it is made of `rows.score` and their `reach` (`MeanQuery.reach`, None:
     no query), and +inf marks bad tokens. width: of L; images have it whole or, if they are too long, not at all; what
-    lies past a segment's length is not written. L is a view of rows of whole multiples of 16 floats. `clear` is an
-    int64 buffer that the same launch sets to zero.
+    lies past a segment's length is not written. `clear` is an int64 buffer that the same launch sets to
+    zero.
     """
     sums = rows.sums
     scored = relevance is None
@@ -369,7 +371,7 @@ def launch_pairs(
     fan = triton.cdiv(width, tile["BT"]) if sums is None else min(triton.cdiv(layout.n, tile["BT"]), FANOUT)
     row16 = triton.cdiv(width, 16)
     shape = (layout.n, 16 * row16) if layout.packed else (layout.segments, width, 16 * row16)
-    kernel = torch.empty(shape, dtype=torch.float32, device=tokens.device)[..., :width]
+    kernel = torch.empty(shape, dtype=torch.float32, device=tokens.device)
     if total * fan == 0:
         return relevance, kernel
     launch(

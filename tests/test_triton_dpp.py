@@ -187,6 +187,39 @@ def test_empty_batch(matrix_free):
     assert launch_dpp_map(torch.empty(0, 10, 10, device=DEVICE), 3)[0].shape == (0, 3)
 
 
+@routes
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 1030, 5000])
+def test_equal_tokens_go_by_relevance(route, dtype, width):
+    """Whatever rounding does over that many columns: one pick takes all their variance."""
+    n = 150 if width < 5000 else 40
+    relevance = testing.make_relevance(1, n) + 0.01
+    rows = 0.1 * torch.ones(2, width) + torch.tensor([[0.0], [1.0]]) * torch.randn(
+        width, generator=torch.Generator().manual_seed(1)
+    )
+    for row in rows.to(dtype):
+        indices, gains = launch_qcsp(row.expand(1, n, width).to(DEVICE), relevance.to(DEVICE), 12, **route)
+        assert indices[0].tolist() == relevance[0].argsort(descending=True, stable=True)[:12].tolist()
+        assert (gains[0, 1:] == 0).all()
+
+
+@routes
+@pytest.mark.parametrize("scale", [1.0, 2.0**64, 2.0**-70, 1e38])
+def test_relevance_of_any_finite_size(route, scale):
+    """No square overflows or vanishes: only NaN and Inf are bad."""
+    tokens = torch.eye(6)[None]
+    relevance = torch.tensor([[1.0, 2.0, 1.5, 3.0, float("nan"), 0.5]]) * scale
+    indices, gains = launch_qcsp(tokens.to(DEVICE), relevance.to(DEVICE), 6, **route)
+    assert indices.tolist() == [[3, 1, 2, 0, 5, 4]]
+    expected = torch.tensor([[9.0, 4.0, 2.25, 1.0, 0.25, 0.0]]).double() * (scale * scale)
+    torch.testing.assert_close(gains.cpu(), expected.float())
+
+
+def test_one_huge_relevance_is_picked_first():
+    indices, _ = launch_qcsp(torch.eye(4, device=DEVICE)[None], torch.tensor([[1, 2, 1e20, 3]], device=DEVICE), 4)
+    assert indices.tolist() == [[2, 3, 1, 0]]
+
+
 # --- the same bits whatever the dispatch
 
 
@@ -256,8 +289,9 @@ def greedy_arguments(tokens, relevance, k, *, matrix_free, columns, cu_seqlens=N
     slots = torch.zeros(plan.keys(), dtype=torch.int64, device=tokens.device)
     stage = Stage(plan, slots, matrix_free, above, layout.n if upto is None else upto)
     rows = launch_rows(tokens, layout)
-    kernel = None if matrix_free else launch_pairs(tokens, layout, rows, relevance, width=width)[1]
-    return (layout, relevance, k, stage, rows), {"tokens": tokens, "kernel": kernel}
+    pairs = None if matrix_free else launch_pairs(tokens, layout, rows, relevance, width=width)
+    sources = {} if pairs is None else {"kernel": pairs.kernel, "own": pairs.own}
+    return (layout, relevance, k, stage, rows), {"tokens": tokens, **sources}
 
 
 @routes

@@ -10,7 +10,7 @@ from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
-from .kernels.rows import launch_rows
+from .kernels.rows import launch_rows, launch_unit
 
 
 def launch_qcsp(
@@ -23,15 +23,16 @@ def launch_qcsp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy ranking of (B, N, D) tokens with (B, N) fp32 relevance: indices (B, k) int64, gains (B, k) fp32.
 
-    Three launches, whatever k and B, where all programs fit on the device. `matrix_free` and `columns` override the
+    Four launches, whatever k and B, where all programs fit on the device. `matrix_free` and `columns` override the
     dispatch; rows from L and rows from the tokens differ in rounding.
     """
     layout = Layout.of(tokens)
     (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
+    relevance, unit = launch_unit(relevance, layout)
     rows = launch_rows(tokens, layout)
-    kernel = None
+    kernel, own = None, None
     if stage.features:
         clear.zero_()
     else:
-        _, kernel = launch_pairs(tokens, layout, rows, relevance, width=layout.n, clear=clear)
-    return launch_greedy(layout, relevance, k, stage, rows, kernel=kernel, tokens=tokens)
+        _, kernel, own = launch_pairs(tokens, layout, rows, relevance, width=layout.n, clear=clear)
+    return launch_greedy(layout, relevance, k, stage, rows, kernel=kernel, tokens=tokens, own=own, unit=unit)

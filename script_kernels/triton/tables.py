@@ -19,6 +19,7 @@ from .kernels.plan import EXTRA_ROUNDS, FEATURE_BLOCKS, Plan, Stage
 from .kernels.rows import Rows
 from .prune import launch_prune
 from .prune_varlen import launch_prune_varlen
+from .qcsp import launch_qcsp
 from .query_relevance import launch_query_relevance
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,6 +50,10 @@ def matrix(dtype: torch.dtype, packed: bool) -> None:
     launch_pairs(tokens, layout, Rows(row, row), row, width=1024, clear=empty(4096, dtype=torch.int64))
 
 
+def qcsp(dtype: torch.dtype, n: int) -> None:
+    launch_qcsp(empty(1, n, 1024, dtype=dtype), empty(1, n), 64)
+
+
 def greedy(columns: int, mode: str, *, sharers: int = 1, features: torch.dtype | None = None) -> None:
     """Images of as many blocks as an exchange of so many sharers serves, or of one."""
     packed = mode in ("packed", "packed tiers")
@@ -73,6 +78,7 @@ def greedy(columns: int, mode: str, *, sharers: int = 1, features: torch.dtype |
         *(layout, row, k, stage, Rows(row, row)),
         kernel=kernel,
         tokens=tokens,
+        own=row,
         tier=tier,
         stop=stop,
         need=0 if stop is None else need,
@@ -139,6 +145,10 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
         for dtype in (FP32, BF16, FP16)
         for mode in ("stop", "packed tiers")
     ),
+    ("qcsp", "bf16", partial(qcsp, BF16, 576)),
+    ("qcsp", "fp32 2880", partial(qcsp, FP32, 2880)),
+    ("qcsp", "bf16 8192", partial(qcsp, BF16, 8192)),
+    ("qcsp", "bf16 20000", partial(qcsp, BF16, 20000)),
     ("prune", "bf16", partial(prune, BF16)),
     ("prune", "fp16 no query", partial(prune, FP16, query=False)),
     ("prune", "fp32 aligned, restrict", partial(prune, FP32, aligned=True, combine="restrict")),

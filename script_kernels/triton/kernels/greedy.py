@@ -136,14 +136,27 @@ def add_rows(b_sum, p_c, j, o_n, n_load, i_m, m, stride_cm, PAST_L1: tl.constexp
 
 
 @triton.jit
+def level_cosine(b_cos, b_own, own_j):
+    """Cosines, or their multiples, by norms from the same products: of two equal tokens it is exactly 1.
+
+    Their cosine has then the same bits c as that of each with itself, and in IEEE arithmetic c / sqrt(c c) is 1. What
+    is left of the variance of a token equal to a pick is the rounding of about 15 operations, 15 * 2^-24, below
+    RANK_TOLERANCE whatever D.
+    """
+    b_square = b_own * own_j
+    return tl.div_rn(b_cos, tl.sqrt_rn(tl.where(b_square > 0.0, b_square, 1.0)))
+
+
+@triton.jit
 def feature_row(
     p_x,  # first token of the image
     p_relevance,
     p_inv,
     p_scale,
+    p_own,
     p_row,  # fp32, written at this program's columns
     first,
-    j,
+    j,  # a token, or None: every token with itself, to p_own
     i_from,  # first column of this program
     n,
     strides,
@@ -153,26 +166,32 @@ def feature_row(
     BD: tl.constexpr,
 ):
     """L[j, :] from the tokens, at the columns of this program; a token with residual left is no zero row."""
-    p_xj = p_x + j.to(tl.int64) * strides[1]
-    b_scale_j = tl.load(p_scale + first + j)
-    b_inv_j = tl.load(p_inv + first + j)
-    b_r_j = finite_relevance(tl.load(p_relevance + first + j))
     for i_r in range(i_from, tl.minimum(i_from + BN, n), BR):
         o_r = i_r + tl.arange(0, BR)
         m_r = o_r < n
         b_scale = tl.load(p_scale + first + o_r, mask=m_r, other=1.0)
+        b_inv = tl.load(p_inv + first + o_r, mask=m_r, other=0.0)
         p_r = p_x + o_r.to(tl.int64) * strides[1]
         b_dot = tl.zeros([BR, BD], dtype=tl.float32)
         for i_d in range(0, D, BD):
             o_d = (i_d + tl.arange(0, BD)).to(tl.int64)
             m_d = o_d < D
-            b_xj = tl.load(p_xj + o_d * strides[2], mask=m_d, other=0.0)  # [BD]
             b_x = tl.load(p_r[:, None] + o_d[None, :] * strides[2], mask=m_r[:, None] & m_d[None, :], other=0.0)
-            b_dot += (widen(b_x) * b_scale[:, None]) * (widen(b_xj) * b_scale_j)[None, :]  # [BR, BD]
-        b_inv = tl.load(p_inv + first + o_r, mask=m_r, other=0.0)
-        b_r = finite_relevance(tl.load(p_relevance + first + o_r, mask=m_r, other=0.0))
-        b_row = (tl.sum(b_dot, axis=1) * (b_inv * b_inv_j)) * (b_r * b_r_j)
-        tl.store(p_row + first + o_r, tl.where(b_inv > 0.0, b_row, 0.0), mask=m_r)
+            b_x = widen(b_x) * b_scale[:, None]
+            b_y = b_x
+            if j is not None:
+                p_xj = p_x + j.to(tl.int64) * strides[1] + o_d * strides[2]
+                b_y = (widen(tl.load(p_xj, mask=m_d, other=0.0)) * tl.load(p_scale + first + j))[None, :]
+            b_dot += b_x * b_y  # [BR, BD]
+        if j is not None:
+            b_r = finite_relevance(tl.load(p_relevance + first + o_r, mask=m_r, other=0.0))
+            b_r *= finite_relevance(tl.load(p_relevance + first + j))
+            b_own = tl.load(p_own + first + o_r, mask=m_r, other=1.0)
+            b_cos = tl.sum(b_dot, axis=1) * (b_inv * tl.load(p_inv + first + j))
+            b_cos = level_cosine(b_cos, b_own, tl.load(p_own + first + j, cache_modifier=".cg"))
+            tl.store(p_row + first + o_r, tl.where(b_inv > 0.0, b_cos * b_r, 0.0), mask=m_r)
+        else:
+            tl.store(p_own + first + o_r, tl.sum(b_dot, axis=1) * (b_inv * b_inv), mask=m_r)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -182,6 +201,8 @@ def greedy_kernel(
     p_order,  # relevance, one per token, or None: the diagonal of L
     p_inv,  # fp32, one per token: row statistics, or None with L's own diagonal
     p_scale,  # fp32, one per token: row statistics, or None with L in memory
+    p_unit,  # fp32 [S]: gains are squares of it, or None
+    p_own,  # fp32, one per token: cosine with itself as products give it; written with tokens; None without relevance
     p_tier,  # uint8, one per token: not 0 in the tier that goes first, or None
     p_stop,  # uint8, one per token: not 0 if its pick counts towards `need`, or None
     p_limit,  # int32 [S]: picks per segment, for segments
@@ -270,6 +291,18 @@ def greedy_kernel(
             exhausted = tl.load(p_state + 2)
             count = tl.load(p_state + 3)
             top = tl.load(p_state + 4).to(tl.float32, bitcast=True)
+    unit = tl.full([], 1.0, tl.float32)
+    if p_unit is not None:
+        unit = tl.load(p_unit + i_s)
+    b_own = b_residual
+    if p_kernel is None:
+        if round_from < 0:
+            p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
+            at = i_g * BN
+            feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, None, at, n, strides_x, D, BN, BR, BD)
+            tl.debug_barrier()  # and the first exchange brings it to the other programs
+    elif p_own is not None:
+        b_own = tl.load(p_own + first + o_n, mask=m_n, other=1.0)
     # The rank of a level is judged by the largest L_ii of it and the levels before it. That is `top`, which the first
     # pick finds, or `top_rest` for what follows a first tier.
     top_rest = tl.full([], 0.0, tl.float32)
@@ -299,7 +332,7 @@ def greedy_kernel(
         else:
             if i_g == 0:
                 tl.store(p_i + t, j.to(tl.int64))
-                tl.store(p_g + t, tl.where(ranked, gain, 0.0))
+                tl.store(p_g + t, tl.where(ranked, gain * unit * unit, 0.0))
             b_residual = tl.where(o_n == j, TAKEN, b_residual)
             count += (best & 1).to(tl.int32)
             t += 1
@@ -307,13 +340,15 @@ def greedy_kernel(
                 if p_kernel is None:
                     p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
                     at = i_g * BN
-                    feature_row(p_x, p_order, p_inv, p_scale, p_row, first, j, at, n, strides_x, D, BN, BR, BD)
+                    feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, j, at, n, strides_x, D, BN, BR, BD)
                     tl.debug_barrier()
                     b_row = tl.load(p_row + first + o_n, mask=m_n, other=0.0)
                 else:
                     p_kj = p_k + j.to(tl.int64) * stride_kn
                     b_row = tl.load(p_kj + o_n.to(tl.int64) * stride_kc, mask=o_n < n_row, other=0.0)
                     b_row = tl.where(tl.abs(b_row) < float("inf"), b_row, 0.0)
+                    if p_own is not None:
+                        b_row = level_cosine(b_row, b_own, tl.load(p_own + first + j))
                 b_sum = tl.zeros([BN], dtype=tl.float32)
                 whole = m - m % BC
                 for i_m in range(0, whole, BC):
@@ -363,6 +398,8 @@ def launch_greedy(
     *,
     kernel: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
+    unit: torch.Tensor | None = None,
     tier: torch.Tensor | None = None,
     stop: torch.Tensor | None = None,
     need: int | torch.Tensor = 0,
@@ -373,7 +410,8 @@ def launch_greedy(
 
     order: relevance, one per token, with `rows`; or, without them, the kernel itself, whose diagonal is then used.
     kernel: L (B, N, N), of any strides where it is the order, or (T, W) of packed segments, in rows as `launch_pairs`
-    leaves them; tokens: for a stage that makes the rows of L of them.
+    leaves them, with its `own`; tokens: for a stage that makes the rows of L of them. unit: (S,) fp32, of the
+    relevance: gains come in squares of it.
     tier: bool per token, True goes first. stop, need: end after `need` picks for which `stop` holds (for packed
     segments an int32 tensor). limits: int32 picks per packed segment. `out` is written in place of new tensors.
     """
@@ -391,6 +429,9 @@ def launch_greedy(
         strides_k = (strides_k[0] // 16, strides_k[1] // 16, strides_k[2])
     padded = triton.cdiv(layout.n, 16) * 16
     factor = torch.empty((1 if layout.packed else layout.segments, k, padded), device=device)
+    row = None
+    if stage.features:
+        row, own = torch.empty((2, layout.rows), device=device)
     residual = None if plan.resident else torch.empty(layout.rows, device=device)
     progress = None if plan.resident else torch.empty((plan.total, 8), dtype=torch.int32, device=device)
     num_warps, unroll, registers = (FEATURE_BLOCKS if stage.features else BLOCKS)[plan.columns]
@@ -410,6 +451,8 @@ def launch_greedy(
                 None if rows is None else order,
                 None if rows is None else rows.inv_norm,
                 rows.scale if rows is not None and stage.features else None,
+                unit,
+                own,
                 None if tier is None else tier.view(torch.uint8),
                 None if stop is None else stop.view(torch.uint8),
                 limits,
@@ -417,7 +460,7 @@ def launch_greedy(
                 layout.cu_seqlens,
                 *out,
                 factor,
-                torch.empty(layout.rows, device=device) if stage.features else None,
+                row,
                 stage.slots if plan.grid else None,
                 residual,
                 progress,

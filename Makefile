@@ -2,6 +2,7 @@
 #
 #   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64")
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
+#   make test-vllm the plugin on vLLM's CPU build, in an environment of its own
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
 #   make gpu-report  build, test, measure on this machine's GPU, with PYTHON and no network (OUT=folder, GPU_ARGS=--dry-run)
@@ -31,7 +32,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench gpu-report clean distclean
+.PHONY: help setup demo test test-vllm lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -66,6 +67,11 @@ demo: setup
 # One process a core, one thread a process.
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+# On the real engine, in an environment of its own (Python 3.11 to 3.13, about 3.5 GB).
+test-vllm:
+	$(PYTHON) tests/vllm/install.py .venv-vllm
+	.venv-vllm/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini tests/vllm
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

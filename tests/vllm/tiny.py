@@ -154,7 +154,7 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     model.generation_config.eos_token_id = None
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family == "llava":  # written by transformers without the level that vLLM 0.32 reads
+    if family in ("llava", "llava_next"):  # written by transformers without the level that vLLM 0.32 reads
         weights = load_file(folder / "model.safetensors")
         old, new = "vision_tower.", "vision_tower.vision_model."
         renamed = {k if new in k else k.replace(old, new): v for k, v in weights.items()}

@@ -20,7 +20,7 @@ logger = engine.init_logger("vllm.script_kernels")
 def collectors() -> SimpleNamespace:
     from prometheus_client import Counter, Histogram
 
-    seconds = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    buckets = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     return SimpleNamespace(
         before=Counter("script_kernels_visual_tokens_before", "Visual tokens of the images that were to be pruned"),
         after=Counter("script_kernels_visual_tokens_after", "Visual tokens that stayed of these"),

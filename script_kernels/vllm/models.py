@@ -121,7 +121,7 @@ class PrunedMrope(PrunedModel):
         self._places = None
         if self.pruning and multimodal_embeddings is not None and len(multimodal_embeddings):
             multimodal_embeddings = self.take_places(multimodal_embeddings, is_multimodal)
-        return super().embed_input_ids(  # type: ignore[misc, no-any-return]
+        return super().embed_input_ids(  # type: ignore[misc]
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
 
@@ -156,7 +156,7 @@ class PrunedMrope(PrunedModel):
         """The stock positions of the full prompt, at what is left of it."""
         orders = [order_of(f.data) if f.modality == "image" and f.data is not None else None for f in mm_features]
         if not any(orders):
-            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc, no-any-return]
+            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
         token = image_token_id(self.config)
         tokens: list[int] = []
         columns: list[int] = []  # of the full prompt, for each token of the short one

@@ -50,4 +50,4 @@ def refuse_others() -> None:
         return stock(model_config, **kwargs)
 
     create_processor.refuses = True  # type: ignore[attr-defined]
-    MULTIMODAL_REGISTRY.create_processor = create_processor  # type: ignore[method-assign]
+    MULTIMODAL_REGISTRY.create_processor = create_processor

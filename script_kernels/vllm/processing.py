@@ -72,7 +72,7 @@ class PruningProcessor:
     info: Any
 
     def __init__(self, info: Any, *arguments: Any) -> None:
-        super().__init__(info, *arguments)
+        super().__init__(info, *arguments)  # type: ignore[call-arg]
         self.settings = engine_settings(info.ctx.model_config)
 
     def count_newlines(self, size: Any) -> int:

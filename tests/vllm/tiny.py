@@ -175,5 +175,3 @@ def question(family: str, images: int, seed: int, words: int = 6) -> str:
     generator = np.random.default_rng(seed)
     text = " ".join(generator.choice(WORDS, words))
     return f"<s> USER: {' '.join([placeholder(family)] * images)} {text} ASSISTANT:"
-
-

@@ -25,7 +25,7 @@ def collectors() -> SimpleNamespace:
         before=Counter("script_kernels_visual_tokens_before", "Visual tokens of the images that were to be pruned"),
         after=Counter("script_kernels_visual_tokens_after", "Visual tokens that stayed of these"),
         seconds=Histogram(
-            "script_kernels_selection_seconds", "Time of the selection of an encoder step", buckets=seconds
+            "script_kernels_selection_seconds", "Time of the selection of an encoder step", buckets=buckets
         ),
     )
 

@@ -12,7 +12,7 @@ import torch
 from . import engine, metrics
 from .settings import Order, Settings, from_environment, is_setting, without_settings
 
-# The key under which a prompt's request travels through the stock processor, beside the keywords of the image processor.
+# The key under which a prompt's request travels through the stock processor, beside the image processor's.
 REQUEST = "script_request"
 # The fields of an image that the model gets: an `Order`, and the ids of the user's words.
 ORDER, QUERY = "script_order", "script_query_ids"
@@ -67,7 +67,7 @@ def image_token_id(config: Any) -> int:
 
 
 class PruningProcessor:
-    """Goes before a stock multimodal processor among a class's bases. With pruning off every method is the stock one."""
+    """Goes before a stock multimodal processor among a class's bases. With pruning off each method is the stock one."""
 
     info: Any
 
@@ -107,7 +107,7 @@ class PruningProcessor:
     def _get_hf_mm_inputs(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         request, kwargs = split(hf_kwargs)
         inputs = super()._get_hf_mm_inputs(mm_items, kwargs)  # type: ignore[misc]
-        images = mm_items["image"] if "image" in mm_items else ()
+        images = mm_items.get("image", ())
         if request is None or not images:
             return inputs
         blank = Order(0, 0, 0, request.settings.options).pack()
@@ -129,7 +129,7 @@ class PruningProcessor:
     ) -> list[Any]:
         request, kwargs = split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
-        images = mm_items["image"] if "image" in mm_items else ()
+        images = mm_items.get("image", ())
         # Images that come as embeddings were chosen by whoever made them.
         if request is None or not request.settings.on or not isinstance(images, engine.ImageProcessorItems):
             return list(updates)
@@ -204,9 +204,7 @@ def register(model: type, mixin: type[PruningProcessor] = PruningProcessor, only
         plain = stock.processor(own_info, dummy_inputs)
         if only and not isinstance(plain, only):
             if engine_settings(own_info.ctx.model_config).on:
-                raise ValueError(
-                    f"script_keep: expected a model that can be pruned, got {model.__name__} with {type(plain).__name__}"
-                )
+                raise ValueError(f"script_keep: expected a LLaVA with CLIP or SigLIP, got {type(plain).__name__}")
             return plain
         kind = type(f"Pruning{type(plain).__name__}", (mixin, type(plain)), {"__module__": __name__})
         return kind(own_info, dummy_inputs)

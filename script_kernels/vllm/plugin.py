@@ -11,9 +11,7 @@ ARCHITECTURES = {
     "LlavaForConditionalGeneration": "PrunedLlava",
     "LlavaNextForConditionalGeneration": "PrunedLlavaNext",
     "InternVLForConditionalGeneration": "PrunedInternVL",
-    "Qwen2VLForConditionalGeneration": "PrunedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "PrunedQwen2_5_VL",
-    "Qwen3VLForConditionalGeneration": "PrunedQwen3VL",
 }
 
 

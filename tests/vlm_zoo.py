@@ -126,6 +126,10 @@ def make_model(kind: str) -> Any:
     config = make_config(kind)
     config._attn_implementation = "eager"
     model = getattr(transformers, name if isinstance(name, str) else name[0])(config).float().eval()
+    # Latents that begin as ones and projections as zeros would make all rows of an image alike.
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            torch.nn.init.normal_(parameter, std=0.15)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

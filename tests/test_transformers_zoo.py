@@ -25,6 +25,8 @@ def pooled_rows(output) -> torch.Tensor:
 def test_a_type_is_pruned_right(kind):
     if kind not in vlm_zoo.TYPES:
         pytest.skip(f"this version of transformers has no {kind}")
+    if vlm_zoo.SINCE.get(kind, (0, 0)) > vlm_zoo.VERSION:
+        pytest.skip(f"{kind} is held from {vlm_zoo.SINCE[kind]} on: its older class takes other inputs")
     model = make_model(kind)
     inputs = make_inputs(model, kind)
     expected = model(**inputs).logits

@@ -255,6 +255,10 @@ def alone(both: dict[str, Any], i: int) -> dict[str, Any]:
     return own
 
 
+# Types whose older classes take other inputs, or take no features back: the first version (major, minor) that is held.
+SINCE = {"cosmos3_edge": (5, 19), "minimax_m3_vl": (5, 19), "video_llava": (5, 19)}
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
 # The types that the tests hold, as transformers names them.
 PROVEN = (
     "aria",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .families import family_of, parameters, unwrap
 from .prune import PrunedInputs, consumed, has_pixels, prune_inputs
+from .versions import splits_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -223,14 +224,15 @@ def _restored(out: Any, prompt: Tensor, length: int) -> Any:
 
 
 def _check_chunks(kwargs: dict[str, Any], config: Any) -> None:
-    from transformers.generation import utils
-
     size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-    if size is not None and not hasattr(utils, "_slice_mm_encoder_output"):
+    if splits_chunks():
+        return
+    if size is not None:
         raise ValueError(
-            "prefill_chunk_size: expected None with images, as this version of transformers gives every chunk all "
+            "prefill_chunk_size: expected None with images, as this version of transformers gives no chunk its own "
             f"features, got {size}"
         )
+    kwargs.pop("prefill_chunk_size", None)  # the pruned inputs name it
 
 
 def _generate(
@@ -317,6 +319,7 @@ def _forward(block: _Block, original: Callable[..., Any], *args: Any, **kwargs: 
         kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
     if has_pixels(model, kwargs):
         pruned, turn = _prune_call(block, kwargs)
+        pruned.pop("prefill_chunk_size", None)
         out = original(**pruned, **kwargs)
         _remember(turn, kwargs, out)
         return out

@@ -20,6 +20,7 @@ from .positions import pruned_positions
 from .query import text_query
 from .select import Budget, choose, kept_rows
 from .selfcheck import check_family
+from .versions import splits_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -358,7 +359,9 @@ def prune_inputs(
     stats = PruneStats(
         **counts, vision_ms=vision_ms, select_ms=milliseconds(select_start, select_end), prune_ms=total_ms - vision_ms
     )
-    return PrunedInputs(data | passed | {"mm_encoder_outputs": features}, kept, scores, stats)
+    # Given twice, an argument is an error: the one way in which `generate(**pruned, prefill_chunk_size=8)` shows there.
+    whole = {} if splits_chunks() else {"prefill_chunk_size": None}
+    return PrunedInputs(data | passed | whole | {"mm_encoder_outputs": features}, kept, scores, stats)
 
 
 def _text_only(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PrunedInputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import types
 
 import pytest
 import torch
@@ -163,6 +164,28 @@ def test_wrappers_share_the_model(wrap):
     model, inputs = make_inputs("llava", [[4, SIZES["llava"][0], 6]])
     expected = prune_inputs(model, inputs, 5)
     assert torch.equal(prune_inputs(wrap(model), inputs, 5).keep_indices[0], expected.keep_indices[0])
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, lambda model: types.SimpleNamespace(model=model)], ids=["compile", "pipeline"]
+)
+def test_a_block_on_a_wrapper_prunes_the_model_inside(wrap):
+    model, inputs = make_inputs("llava", [[4, SIZES["llava"][0], 6]])
+    with script_pruning(wrap(model), keep=5) as last:
+        model.generate(**inputs, max_new_tokens=2)
+    assert last.stats.visual_after == [5]
+    assert "generate" not in model.__dict__
+
+
+def test_a_model_quantised_by_torchao(unknown):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, inputs = unknown
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    assert prune_inputs(model, inputs, 5).stats.visual_after == [5]  # checked: the family is not known
+    with torch.no_grad():
+        whole = model(**prune_inputs(model, inputs, 10**6)).logits
+        torch.testing.assert_close(whole, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert model.generate(**prune_inputs(model, inputs, 5), max_new_tokens=3).shape[1] > 3
 
 
 def test_peft_and_offloaded_models(unknown):

@@ -9,7 +9,8 @@ import torch
 import vlm_zoo
 from vlm_zoo import IMAGE, feature_rows, make_inputs, make_model, with_rows
 
-from script_kernels.transformers import prune_inputs
+from script_kernels.transformers import Family, prune_inputs
+from script_kernels.transformers.families import FAMILIES
 
 KEEP = 3
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "transformers.md"
@@ -59,6 +60,14 @@ def test_a_type_is_pruned_right(kind):
         one = prune_inputs(model, vlm_zoo.alone(both, i), KEEP)
         assert torch.equal(one.keep_indices[0], together.keep_indices[i])
         torch.testing.assert_close(model(**one).logits[0, -1], logits[i], atol=2e-4, rtol=2e-4)
+
+
+def test_the_check_sees_token_types_that_do_not_come_along(monkeypatch):
+    """Gemma 3's image tokens see each other, by token_type_ids."""
+    monkeypatch.setitem(FAMILIES, "gemma3", Family("Gemma 3", along=()))
+    model = make_model("gemma3")
+    with pytest.raises(RuntimeError, match="expected the unpruned logits when everything is kept"):
+        prune_inputs(model, make_inputs(model, "gemma3"), KEEP)
 
 
 @torch.no_grad()

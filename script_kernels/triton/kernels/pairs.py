@@ -43,7 +43,7 @@ PAIR_TILES = {
 MATCH_TILES = {
     torch.bfloat16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
     torch.float16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
-    torch.float32: {"BM": 32, "BN": 32, "BD": 32, "num_warps": 4, "num_stages": 2},
+    torch.float32: {"BM": 32, "BN": 32, "BD": 16, "num_warps": 4, "num_stages": 2},
 }
 PAIR_REGISTERS = 255
 FANOUT = 16  # programs that share one row of tiles where sums are added up

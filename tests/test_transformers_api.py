@@ -25,6 +25,7 @@ import script_kernels
 from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inputs, script_pruning
 from script_kernels.transformers.encode import encode
 from script_kernels.transformers.query import user_columns
+from script_kernels.transformers.versions import splits_chunks
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -435,4 +436,5 @@ def test_outputs_need_no_grad():
     model, inputs = example("llava")
     pruned = prune_inputs(model, inputs, 7)
     assert not pruned["mm_encoder_outputs"]["image"].pooler_output[0].requires_grad
-    assert set(pruned) == {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs"}
+    assert set(pruned) - {"prefill_chunk_size"} == {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs"}
+    assert ("prefill_chunk_size" in pruned) is not splits_chunks()

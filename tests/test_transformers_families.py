@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import types
 
 import pytest
 import torch
 from tiny_vlm import SIZES, make_inputs
 
-from script_kernels.transformers import Family, layouts, prune_inputs, register_family, script_pruning
+from script_kernels.transformers import Family, layouts, prune_inputs, register_family, script_pruning, selfcheck
 from script_kernels.transformers import families as table
 
 
@@ -17,8 +20,6 @@ def unknown(monkeypatch: pytest.MonkeyPatch):
     """A LLaVA that the table does not name."""
     monkeypatch.setattr(table, "FAMILIES", {k: v for k, v in table.FAMILIES.items() if k != "llava"})
     model, inputs = make_inputs("llava", [[4, SIZES["llava"][0], 6]])
-    import copy
-
     return copy.deepcopy(model), inputs  # one that no check has passed yet
 
 
@@ -34,9 +35,9 @@ def test_an_unknown_type_is_checked_and_pruned(unknown):
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
     assert prune_inputs(model, inputs, 5).stats.visual_after == [5]
-    assert len(calls) == 2  # the unpruned side and the one that keeps everything
+    assert len(calls) == 4  # unpruned, everything kept, half kept, half kept with the features of others
     prune_inputs(model, inputs, 5)
-    assert len(calls) == 2
+    assert len(calls) == 4
 
 
 def test_the_check_sees_a_wrong_adapter(unknown):
@@ -49,6 +50,80 @@ def test_the_check_sees_a_wrong_adapter(unknown):
             prune_inputs(model, inputs, 5)
     register_family("llava", Family("right", layouts.entries))
     assert prune_inputs(model, inputs, 5).stats.visual_after == [5]
+
+
+def test_the_check_sees_rows_that_are_consumed_in_another_order(unknown):
+    model, inputs = unknown
+    encode, forward = model.model.get_image_features, model.model.forward
+
+    def from_last_to_first(output):
+        output.pooler_output = [rows.flip(0) for rows in output.pooler_output]
+        return output
+
+    def consume(*args, mm_encoder_outputs=None, **kwargs):
+        if mm_encoder_outputs:
+            mm_encoder_outputs = {"image": from_last_to_first(copy.copy(mm_encoder_outputs["image"]))}
+        else:  # its own way to the same features
+            pixels = kwargs.pop("pixel_values")
+            mm_encoder_outputs = {"image": encode(pixels, return_dict=True)}
+        return forward(*args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+
+    def flipped(*args, **kwargs):
+        return from_last_to_first(encode(*args, **kwargs))
+
+    model.model.get_image_features = functools.wraps(encode)(flipped)
+    model.model.forward = functools.wraps(forward)(consume)
+    whole = {"image": flipped(inputs["pixel_values"], return_dict=True)}
+    ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    assert torch.equal(model(**ids, mm_encoder_outputs=whole).logits, model(**inputs).logits)
+    with pytest.raises(RuntimeError, match="expected the unpruned embeddings at the tokens that stay"):
+        prune_inputs(model, inputs, 5)
+
+
+def test_the_check_sees_features_that_nobody_reads(unknown, monkeypatch):
+    model, inputs = unknown
+    encode = model.model.get_image_features
+    own = []
+
+    def keeps(*args, **kwargs):
+        own.append(encode(*args, **kwargs))
+        return copy.copy(own[-1])
+
+    forward = model.model.forward
+
+    def deaf(*args, mm_encoder_outputs=None, **kwargs):
+        if mm_encoder_outputs:  # as many rows as it was given, but of its own
+            count = sum(len(rows) for rows in mm_encoder_outputs["image"].pooler_output)
+            mine = copy.copy(own[0])
+            mine.pooler_output = [torch.cat(list(mine.pooler_output))[:count]]
+            mm_encoder_outputs = {"image": mine}
+        return forward(*args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+
+    model.model.get_image_features = functools.wraps(encode)(keeps)
+    model.model.forward = functools.wraps(forward)(deaf)
+    with monkeypatch.context() as blind:
+        blind.setattr(selfcheck, "_takes", lambda module: ())
+        with pytest.raises(RuntimeError, match="expected other logits from other features"):
+            prune_inputs(model, inputs, 5)
+    with pytest.raises(RuntimeError, match="expected the unpruned embeddings"):
+        prune_inputs(model, inputs, 5)
+
+
+def test_visuals_whose_rows_are_alike_are_checked_again(unknown):
+    model, inputs = unknown
+    encode = model.model.get_image_features
+
+    def alike(*args, **kwargs):
+        output = encode(*args, **kwargs)
+        output.pooler_output = [rows[:1].expand_as(rows).clone() for rows in output.pooler_output]
+        return output
+
+    model.model.get_image_features = functools.wraps(encode)(alike)
+    prune_inputs(model, inputs, 5)
+    assert model not in selfcheck._passed
+    model.model.get_image_features = encode
+    prune_inputs(model, inputs, 5)
+    assert model in selfcheck._passed
 
 
 def test_the_check_inside_a_block_compares_with_the_unpruned_model(unknown):
@@ -91,14 +166,34 @@ def test_wrappers_share_the_model(wrap):
     assert torch.equal(prune_inputs(wrap(model), inputs, 5).keep_indices[0], expected.keep_indices[0])
 
 
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, lambda model: types.SimpleNamespace(model=model)], ids=["compile", "pipeline"]
+)
+def test_a_block_on_a_wrapper_prunes_the_model_inside(wrap):
+    model, inputs = make_inputs("llava", [[4, SIZES["llava"][0], 6]])
+    with script_pruning(wrap(model), keep=5) as last:
+        model.generate(**inputs, max_new_tokens=2)
+    assert last.stats.visual_after == [5]
+    assert "generate" not in model.__dict__
+
+
+def test_a_model_quantised_by_torchao(unknown):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, inputs = unknown
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    assert prune_inputs(model, inputs, 5).stats.visual_after == [5]  # checked: the family is not known
+    with torch.no_grad():
+        whole = model(**prune_inputs(model, inputs, 10**6)).logits
+        torch.testing.assert_close(whole, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert model.generate(**prune_inputs(model, inputs, 5), max_new_tokens=3).shape[1] > 3
+
+
 def test_peft_and_offloaded_models(unknown):
     model, inputs = unknown
     expected = prune_inputs(model, inputs, 5)
     answer = model.generate(**expected, max_new_tokens=4, do_sample=False)
     peft = pytest.importorskip("peft")
     accelerate = pytest.importorskip("accelerate")
-    import copy
-
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
     assert torch.equal(prune_inputs(adapted, inputs, 5).keep_indices[0], expected.keep_indices[0])
     with script_pruning(adapted, keep=5) as last:

@@ -18,6 +18,7 @@ from tiny_vlm import (
 
 from script_kernels.transformers import prune_inputs
 from script_kernels.transformers.encode import encode
+from script_kernels.transformers.versions import repeats_groups
 
 ALL = 10**6
 CASES = [(family, "image") for family in IMAGE_FAMILIES] + [(family, "video") for family in VIDEO_FAMILIES]
@@ -41,6 +42,10 @@ def features(model, inputs) -> list[torch.Tensor]:
                 out = getattr(model.model, f"get_{modality}_features")(**given)
             found.append((out.pooler_output, getattr(out, "deepstack_features", None)))
     return found
+
+
+def pooled(pruned, kind: str):
+    return pruned["mm_encoder_outputs"][kind].pooler_output
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -287,11 +292,27 @@ def test_beam_search_on_a_ragged_batch_equals_each_prompt_alone(family, kind):
     settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
     model, both = make_inputs(family, prompts, seed=1)
     pruned = prune_inputs(model, both, keep_ratio=0.3)
+    if not repeats_groups() and isinstance(pooled(pruned, kind), torch.Tensor) and kind == "image":
+        with pytest.raises(ValueError, match="num_beams, num_return_sequences: expected 1"):
+            model.generate(**pruned, **settings)
+        return
     out = model.generate(**pruned, **settings)
     assert torch.equal(model.generate(**pruned, **settings), out)  # one result serves many calls
     for i in range(2):
         one = prune_inputs(model, alone(family, both, prompts, i), keep_ratio=0.3)
         assert torch.equal(model.generate(**one, **settings)[0, -4:], out[i, -4:])
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen3_vl"])
+def test_beams_keep_the_order_of_several_images(family):
+    small, large = SIZES[family]
+    prompts = [[4, small, 6, large, 3]]
+    model, inputs = make_inputs(family, prompts, seed=1)
+    pruned = prune_inputs(model, inputs, keep_ratio=0.3)
+    settings = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    greedy = model.generate(**pruned, **settings).logits[0]
+    beams = model.generate(**pruned, **settings, num_beams=3).logits[0]
+    torch.testing.assert_close(beams, greedy.expand_as(beams), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)

@@ -22,6 +22,7 @@ from tiny_vlm import (
     Video,
     make_inputs,
     make_model,
+    transformers,
 )
 
 from script_kernels.transformers import prune_inputs, script_pruning
@@ -116,6 +117,26 @@ def test_a_conversation_of_another_prompt_is_refused():
         assert torch.equal(model.generate(input_ids=again, past_key_values=first.past_key_values, **GREEDY), a)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_cache_of_a_pruned_prompt_is_refused_outside_the_block(family):
+    model, inputs = example(family)
+    with script_pruning(model, keep=7):
+        first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert isinstance(first.past_key_values, transformers.DynamicCache)
+    ids = torch.cat([first.sequences, words(1, 4)], 1)
+    before = first.past_key_values.get_seq_length()
+    for cache in (first.past_key_values, copy.deepcopy(first.past_key_values)):
+        with pytest.raises(ValueError, match="past_key_values: expected a call inside script_pruning"):
+            model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+        with pytest.raises(ValueError, match="past_key_values: expected a call inside script_pruning"):
+            model(input_ids=ids[:, -1:], past_key_values=cache)
+        assert cache.get_seq_length() == before
+    with script_pruning(model, keep=3):  # another block serves it: the cache knows its own prompt
+        out = model.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)
+    pruned = prune_inputs(model, inputs, 7)
+    assert torch.equal(out[:, -5:], in_one_prefill(model, pruned, ids[:, inputs["input_ids"].shape[1] :]))
+
+
 @pytest.mark.parametrize("positions", ["original", "renumber"])
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 @torch.no_grad()
@@ -155,7 +176,7 @@ def test_a_chunked_prefill_equals_a_whole_one_or_is_refused(family, kind, positi
         with script_pruning(model, **settings):
             assert torch.equal(model.generate(**inputs, **chunked)[:, -5:], expected[:, -5:])
     else:
-        with pytest.raises(ValueError, match="prefill_chunk_size"):
+        with pytest.raises(TypeError, match="multiple values for keyword argument 'prefill_chunk_size'"):
             model.generate(**prune_inputs(model, inputs, **settings), **chunked)
         with script_pruning(model, **settings), pytest.raises(ValueError, match="prefill_chunk_size"):
             model.generate(**inputs, **chunked)

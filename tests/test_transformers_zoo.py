@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import copy
+import pathlib
 
 import pytest
 import torch
 import vlm_zoo
-from vlm_zoo import IMAGE, make_inputs, make_model
+from vlm_zoo import IMAGE, feature_rows, make_inputs, make_model, with_rows
 
 from script_kernels.transformers import prune_inputs
 
 KEEP = 3
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "transformers.md"
 
 
-def pooled_rows(output) -> torch.Tensor:
-    pooled = output.pooler_output
-    parts = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+def skip_before(kind: str) -> None:
+    since = vlm_zoo.SINCE.get(kind, (0, 0))
+    if since > vlm_zoo.VERSION:
+        pytest.skip(f"{kind} is held from {since} on")
 
 
 @pytest.mark.parametrize("kind", vlm_zoo.PROVEN)
 @torch.no_grad()
 def test_a_type_is_pruned_right(kind):
-    if kind not in vlm_zoo.TYPES:
-        pytest.skip(f"this version of transformers has no {kind}")
+    skip_before(kind)
     model = make_model(kind)
     inputs = make_inputs(model, kind)
     expected = model(**inputs).logits
@@ -37,19 +37,16 @@ def test_a_type_is_pruned_right(kind):
     mine = model(**pruned).logits
     assert torch.isfinite(mine).all()
     assert float((mine[0, -1] - expected[0, -1]).abs().max()) > 1e-3
-    rows = pooled_rows(vlm_zoo.features(model, inputs))
+    rows = feature_rows(vlm_zoo.features(model, inputs))
     keep = pruned.keep_indices[0]
-    assert torch.equal(pooled_rows(pruned["mm_encoder_outputs"]["image"]), rows[keep])
+    assert torch.equal(feature_rows(pruned["mm_encoder_outputs"]["image"]), rows[keep])
 
     # A wrong selection must be seen: other rows in the same places give other logits.
     others = [i for i in range(len(rows)) if i not in keep.tolist()]
     wrong = dict(pruned.items())
-    output = copy.copy(wrong["mm_encoder_outputs"]["image"])
     swapped = rows[keep].clone()
     swapped[0] = rows[others[0]]
-    theirs = output.pooler_output
-    output.pooler_output = swapped.reshape(theirs.shape) if isinstance(theirs, torch.Tensor) else [swapped]
-    wrong["mm_encoder_outputs"] = {"image": output}
+    wrong["mm_encoder_outputs"] = {"image": with_rows(wrong["mm_encoder_outputs"]["image"], swapped)}
     assert float((model(**wrong).logits - mine).abs().max()) > 1e-3
 
     out = model.generate(**pruned, max_new_tokens=3, do_sample=False)
@@ -62,3 +59,77 @@ def test_a_type_is_pruned_right(kind):
         one = prune_inputs(model, vlm_zoo.alone(both, i), KEEP)
         assert torch.equal(one.keep_indices[0], together.keep_indices[i])
         torch.testing.assert_close(model(**one).logits[0, -1], logits[i], atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_videos_of_llava_next_video_are_frames_without_newlines():
+    model = make_model("llava_next_video")
+    pixels = torch.randn(1, 3, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+    count = len(feature_rows(model.model.get_video_features(pixels, return_dict=True)))
+    ids = torch.tensor([[1, 20, 21, *[vlm_zoo.VIDEO] * count, 30, 31]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
+    expected = model(**inputs).logits
+    assert torch.equal(model(**prune_inputs(model, inputs, 10**6)).logits, expected)
+    pruned = prune_inputs(model, inputs, 1, per="tile")
+    per_frame = count // 3
+    assert [int(i) // per_frame for i in pruned.keep_indices[0]] == [0, 1, 2]
+    assert float((model(**pruned).logits[0, -1] - expected[0, -1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["granite4_vision", "llava_next_video"])
+@torch.no_grad()
+def test_newline_rows_do_not_compete(kind):
+    skip_before(kind)
+    model = make_model(kind)
+    inputs = make_inputs(model, kind)
+    rows = feature_rows(vlm_zoo.features(model, inputs))
+    lines = (rows == model.model.image_newline).all(1)
+    assert int(lines.sum()) > 1
+    patches = len(rows) - int(lines.sum())
+    # All that compete stay, and so do the newlines.
+    assert prune_inputs(model, inputs, patches).keep_indices[0].tolist() == list(range(len(rows)))
+    pruned = prune_inputs(model, inputs, patches - 1)
+    assert len(pruned.keep_indices[0]) == patches - 1
+    assert not lines[pruned.keep_indices[0]].any()
+    assert torch.equal(pruned.scores[0].isnan(), lines)
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_all_that_a_prompt_shows_is_one_image_of_a_tiled_type(kind):
+    """Their prompts put ids of the tokenizer between the tiles of a picture as between pictures."""
+    model = make_model(kind)
+    one = make_inputs(model, kind)
+    per_tile = int((one["input_ids"] == IMAGE).sum())
+    pixels = torch.randn(1, 3, *one["pixel_values"].shape[2:], generator=torch.Generator().manual_seed(5))
+    shown = {"pixel_values": pixels, "pixel_attention_mask": torch.ones(1, 3, *pixels.shape[-2:], dtype=torch.bool)}
+
+    def prompt(*between):
+        run = [IMAGE] * per_tile
+        ids = torch.tensor([[1, 20, *run, *between, *run, *between, *run, 30, 31]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **shown}
+
+    pruned = prune_inputs(model, prompt(40), 2)
+    assert [len(k) for k in pruned.keep_indices] == [2]
+    tiles = prune_inputs(model, prompt(40), 2, per="tile")
+    assert (tiles.keep_indices[0] // per_tile).tolist() == [0, 0, 1, 1, 2, 2]
+    assert int((tiles["input_ids"] == 40).sum()) == 2  # what stands between them stays
+    with torch.no_grad():
+        whole = prune_inputs(model, prompt(40), 10**6)
+        assert torch.equal(model(**whole).logits, model(**prompt(40)).logits)
+
+
+def test_the_documentation_holds_the_table_of_types():
+    """`python tests/vlm_zoo.py` writes both parts anew."""
+    text = PAGE.read_text()
+    assert vlm_zoo.table() in text
+    assert vlm_zoo.refusals() in text
+
+
+@pytest.mark.parametrize("kind", ["llama4", "mllama"])
+def test_a_type_that_cannot_be_pruned_is_refused_with_the_reason(kind):
+    name = vlm_zoo.TYPES[kind]
+    model = object.__new__(getattr(vlm_zoo.transformers, name if isinstance(name, str) else name[0]))
+    torch.nn.Module.__init__(model)
+    model.config = vlm_zoo.CONFIG_MAPPING[kind]()
+    with pytest.raises(TypeError, match=f"can be pruned, got .*'{kind}': its "):
+        prune_inputs(model, {"input_ids": torch.ones(1, 3)}, 4)

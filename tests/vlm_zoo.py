@@ -6,7 +6,9 @@ type wants besides stands in `EXTRA` and `INPUTS`.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES  # noqa: E402
+
+from script_kernels.transformers.families import FAMILIES, REFUSED  # noqa: E402
 
 IMAGE, VIDEO, START, END = 190, 191, 192, 193
 SIZES: dict[str, Any] = {}
@@ -88,16 +92,30 @@ HYBRID = {"text_config.layer_types": ["linear_attention", "linear_attention", "f
 DEEP = {"vision_config.deepstack_visual_indexes": [0, 1]}
 ANYRES = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
 POOLED = {"mm_tokens_per_image": 16, "vision_config.image_size": 112}
+GEMMA4 = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 4, "patch_size": 14, "position_embedding_size": 64, "initializer_range": 0.15},
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 8}},
     "cosmos3_omni": DEEP,
     "gemma3": POOLED,
+    "gemma4": {"vision_config": {**GEMMA4, "model_type": "gemma4_vision"}},
     "glm46v": MROPE,
     "glm4v": MROPE,
     "glm4v_moe": {"text_config.rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "glm_ocr": MROPE,
     "glmga": MROPE,
+    "granite4_vision": ANYRES
+    | {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-2, 0], [-1, 1]],
+        "spatial_target_layers": [2],
+    },
     "got_ocr2": {"vision_config.image_size": 224},
+    "minicpm_ocr": HYBRID | {"image_token_id": IMAGE},
+    "minicpmv4_6": HYBRID | {"image_token_id": IMAGE},
+    "minicpmv4_7": HYBRID | {"image_token_id": IMAGE},
     "llava_next": ANYRES,
     "llava_next_video": ANYRES,
     "llava_onevision": ANYRES,
@@ -126,6 +144,10 @@ def make_model(kind: str) -> Any:
     config = make_config(kind)
     config._attn_implementation = "eager"
     model = getattr(transformers, name if isinstance(name, str) else name[0])(config).float().eval()
+    # Latents that begin as ones and projections as zeros would make all rows of an image alike.
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            torch.nn.init.normal_(parameter, std=0.15)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -184,9 +206,33 @@ def unfolded(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict
     return {"pixel_values": noise(count * 96, 3, side, side), "image_grid_thw": torch.tensor([[1, 8, 12]] * count)}
 
 
+def placed(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Patches with their (x, y)."""
+    side = model.config.vision_config.patch_size
+    grid = torch.cartesian_prod(torch.arange(12), torch.arange(12))
+    return {"pixel_values": noise(count, 144, 3 * side**2).sigmoid(), "image_position_ids": grid.expand(count, 144, 2)}
+
+
+def hybrid(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    side = model.config.high_res_vision_config.image_size
+    return square(model, count, noise) | {"high_res_pixel_values": noise(count, 3, side, side)}
+
+
+def packed(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """All images' patches in one row."""
+    side = model.config.vision_config.patch_size
+    return {"pixel_values": noise(1, 3, side, 64 * count * side), "target_sizes": torch.tensor([[8, 8]] * count)}
+
+
 INPUTS: dict[str, Any] = {
+    "deepseek_vl_hybrid": hybrid,
+    "gemma4": placed,
+    "minicpm_ocr": packed,
+    "minicpmv4_6": packed,
+    "minicpmv4_7": packed,
     "kimi_k25": unfolded,
     "lfm2_vl": naflex,
+    "granite4_vision": anyres,
     "llava_next": anyres,
     "llava_next_video": anyres,
     "llava_onevision": anyres,
@@ -201,10 +247,23 @@ def features(model: Any, pixels: dict[str, Any]) -> Any:
         return model.base_model.get_image_features(**{k: v for k, v in pixels.items() if k in names}, return_dict=True)
 
 
-def rows(output: Any) -> int:
-    pooled = output.pooler_output
+def feature_rows(output: Any) -> torch.Tensor:
+    """(L, D) what an encoder or `prune_inputs` made of all images; Granite 4 has it in its layers alone."""
+    pooled = output.pooler_output if output.pooler_output is not None else output.deepstack_features[0][1]
     parts = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
-    return sum(p.reshape(-1, p.shape[-1]).shape[0] for p in parts)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def with_rows(output: Any, rows: torch.Tensor) -> Any:
+    """A copy of an encoder's output with other features of one image."""
+    changed = copy.copy(output)
+    if output.pooler_output is None:
+        changed.deepstack_features = [(layer, [rows]) for layer, _ in output.deepstack_features]
+    elif isinstance(output.pooler_output, torch.Tensor):
+        changed.pooler_output = rows.reshape(output.pooler_output.shape)
+    else:
+        changed.pooler_output = [rows]
+    return changed
 
 
 def make_inputs(model: Any, kind: str, count: int = 1) -> dict[str, Any]:
@@ -217,7 +276,7 @@ def make_inputs(model: Any, kind: str, count: int = 1) -> dict[str, Any]:
     for way in [INPUTS[kind]] if kind in INPUTS else KINDS:
         pixels = way(model, count, noise)
         try:
-            total = rows(features(model, pixels))
+            total = len(feature_rows(features(model, pixels)))
             break
         except Exception as error:
             errors.append(f"{way.__name__}: {type(error).__name__} {error}")
@@ -244,12 +303,31 @@ def alone(both: dict[str, Any], i: int) -> dict[str, Any]:
     valid = both["attention_mask"][i].bool()
     own = {}
     for name, value in both.items():
-        if value.shape == both["input_ids"].shape:
+        if name == "pixel_values" and len(value) == 1:
+            own[name] = value.chunk(2, -1)[i]
+        elif value.shape == both["input_ids"].shape:
             own[name] = value[i : i + 1, valid]
         else:
             own[name] = value.chunk(2)[i]
     return own
 
+
+# Types that 5.18 has not, or whose classes there take other inputs or no features back: the first version that is held.
+SINCE = dict.fromkeys(
+    (
+        "cosmos3_edge",
+        "granite4_vision",
+        "hy_v4_vl",
+        "lfm3_vl",
+        "minicpm_ocr",
+        "minimax_m3_vl",
+        "video_llava",
+    ),
+    (5, 24),
+)
+# Types whose videos are held as well: here, and in test_transformers_models.
+VIDEOS = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 # The types that the tests hold, as transformers names them.
 PROVEN = (
@@ -259,15 +337,20 @@ PROVEN = (
     "cosmos3_edge",
     "cosmos3_omni",
     "deepseek_vl",
+    "deepseek_vl_hybrid",
     "exaone4_5",
+    "gemma3",
+    "gemma4",
     "glm46v",
     "glm4v",
     "glm4v_moe",
     "glm_ocr",
     "glmga",
     "got_ocr2",
+    "granite4_vision",
     "hy_v4_vl",
     "hyperclovax_vision_v2",
+    "idefics2",
     "idefics3",
     "internvl",
     "lfm2_vl",
@@ -277,6 +360,7 @@ PROVEN = (
     "llava_next",
     "llava_next_video",
     "llava_onevision",
+    "minicpm_ocr",
     "minimax_m3_vl",
     "mistral3",
     "ovis2",
@@ -294,3 +378,31 @@ PROVEN = (
     "video_llava",
     "vipllava",
 )
+
+
+def table() -> str:
+    """The documentation's table of types: what `test_a_type_is_pruned_right` holds, row for row."""
+    oldest = "5.18"
+    rows = []
+    for kind in PROVEN:
+        family = FAMILIES.get(kind)
+        checked = "no" if family is not None and family.proven else "yes"
+        since = ".".join(map(str, SINCE.get(kind, oldest.split("."))))
+        rows.append(f"| `{kind}` | yes | {'yes' if kind in VIDEOS else 'not tested'} | {checked} | {since} |")
+    head = (
+        "| `model_type` | images | video | checked at first use | tested from transformers |\n|---|---|---|---|---|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def refusals() -> str:
+    return "".join(f"- `{kind}`: {reason}.\n" for kind, reason in sorted(REFUSED.items()))
+
+
+if __name__ == "__main__":
+    page = pathlib.Path(__file__).parents[1] / "docs" / "transformers.md"
+    text = page.read_text()
+    for name, part in (("types", table()), ("refused", refusals())):
+        begin = text.index("-->", text.index(f"<!-- {name}:")) + 3
+        text = text[:begin] + "\n\n" + part + "\n" + text[text.index(f"<!-- /{name} -->") :]
+    page.write_text(text)

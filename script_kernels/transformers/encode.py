@@ -13,6 +13,7 @@ from torch import Tensor
 from .device import Mark, clock_of, mark, own_weights, send
 from .families import family_of, parameters, token_id
 from .layouts import Visual
+from .versions import repeats_groups, unrepeatable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,23 +81,49 @@ def rebuild(outputs: dict[str, Any], visuals: list[Visual], kept: list[Tensor]) 
     pruned = {}
     for modality, output in outputs.items():
         mine = [(v, send(k, v.features.device)) for v, k in zip(visuals, kept, strict=True) if v.modality == modality]
-        pooled: Any = [v.features.index_select(0, k) for v, k in mine]
-        if isinstance(output.pooler_output, Tensor):
-            pooled = torch.cat(pooled) if output.pooler_output.ndim == 2 else _stack(pooled)
+        prompts = [v.prompt for v, _ in mine]
+        totals = [sum(len(k) for v, k in mine if v.prompt == prompt) for prompt in sorted(set(prompts))]
+        tensors = isinstance(output.pooler_output, Tensor) and output.pooler_output.ndim > 2
         kept_fields = {name: value for name, value in output.items() if name not in _UNREAD}
-        kept_fields["pooler_output"] = pooled
+        if output.pooler_output is not None:
+            pooled = [v.features.index_select(0, k) for v, k in mine]
+            flat = isinstance(output.pooler_output, Tensor) and not tensors
+            kept_fields["pooler_output"] = (
+                torch.cat(pooled) if flat else _stack(pooled, totals) if tensors else _entries(pooled, prompts)
+            )
         if getattr(output, "deepstack_features", None) is not None:
-            layers = [[v.planes[i].index_select(0, k) for v, k in mine] for i in range(len(output.deepstack_features))]
-            tensors = isinstance(output.deepstack_features[0], Tensor)
-            kept_fields["deepstack_features"] = [_stack(layer) if tensors else layer for layer in layers]
-        pruned[modality] = type(output)(**kept_fields)
+            kept_fields["deepstack_features"] = [
+                _like(layer, [v.planes[i].index_select(0, k) for v, k in mine], prompts, totals)
+                for i, layer in enumerate(output.deepstack_features)
+            ]
+        kind: Any = type(output)
+        if isinstance(output.pooler_output, Tensor) and len(set(totals)) > 1 and not repeats_groups():
+            kind = unrepeatable(kind)
+        pruned[modality] = kind(**kept_fields)
     return pruned
 
 
-def _stack(pooled: list[Tensor]) -> Tensor:
+def _like(layer: Any, parts: list[Tensor], prompts: list[int], totals: list[int]) -> Any:
+    """One layer's DeepStack features in the model's own container: a tensor, a list, or either with its layer."""
+    if isinstance(layer, tuple) and isinstance(layer[0], int):
+        return layer[0], _like(layer[1], parts, prompts, totals)
+    return _stack(parts, totals) if isinstance(layer, Tensor) else _entries(parts, prompts)
+
+
+def _entries(parts: list[Tensor], prompts: list[int]) -> list[Tensor]:
+    """One entry per visual; one per prompt where beams would mix up the order of several."""
+    if repeats_groups():
+        return parts
+    return [
+        torch.cat([part for part, own in zip(parts, prompts, strict=True) if own == prompt])
+        for prompt in sorted(set(prompts))
+    ]
+
+
+def _stack(pooled: list[Tensor], totals: list[int]) -> Tensor:
     """(L_i, D) pieces as one (pieces, length, D) tensor for the models that flatten it again.
 
-    The length divides every L_i, so no piece crosses two images; beam search relies on that when it repeats them.
+    The length divides the rows of every prompt, so no piece crosses two; beam search relies on that when it repeats
+    them.
     """
-    length = math.gcd(*(len(p) for p in pooled))
-    return torch.cat(pooled).reshape(-1, length, pooled[0].shape[-1])
+    return torch.cat(pooled).reshape(-1, math.gcd(*totals), pooled[0].shape[-1])

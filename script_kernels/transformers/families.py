@@ -63,13 +63,25 @@ def _both(name: str, adapter: Adapter = layouts.pieces, **others: Any) -> Family
 FAMILIES: dict[str, Family] = {
     "llava": _image("LLaVA-1.5", layouts.entries),
     "llava_next": _image("LLaVA-NeXT", layouts.llava_next),
+    "llava_next_video": _both("LLaVA-NeXT-Video", layouts.llava_next),
+    "granite4_vision": _image("Granite 4 Vision", layouts.granite4_vision),
     "llava_onevision": _both("LLaVA-OneVision", layouts.llava_onevision),
+    "idefics3": _image("Idefics3", layouts.prompts),
+    "smolvlm": _image("SmolVLM", layouts.prompts),
     "internvl": _image("InternVL", marked=True),
     "qwen2_5_vl": _both("Qwen2.5-VL", layouts.qwen, along=("labels",)),
     "qwen3_vl": _both("Qwen3-VL", layouts.qwen, along=("labels",)),
 }
 # Types that cannot be pruned by this route, and why.
-REFUSED: dict[str, str] = {}
+_CROSS = "its language model reads images by cross-attention, so that no token of the prompt stands for a part of them"
+REFUSED: dict[str, str] = {
+    "blip": _CROSS,
+    "florence2": "its encoder and decoder take the image's features and the text as one, with no placeholders to drop",
+    "idefics": _CROSS,
+    "llama4": "its forward projects last_hidden_state itself, and reads no features that fit the placeholders",
+    "mllama": _CROSS,
+    "pix2struct": _CROSS,
+}
 
 
 def register_family(model_type: str, family: Family) -> None:

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,6 +127,28 @@ def pieces(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: 
     return visuals, outputs
 
 
+def prompts(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+    """One visual per prompt, whose tiles are the unbroken runs of placeholders.
+
+    For types whose prompts put ids of the tokenizer between the tiles of a picture: neither the encoder's output, which
+    is per prompt or per tile as the version likes, nor the ids of the config tell where a picture ends.
+    """
+    out = run("image")
+    assert out is not None
+    rows = torch.cat(_rows(out))
+    visuals: list[Visual] = []
+    start = 0
+    for own in ids:
+        lengths = runs_of(own[None], model.config.image_token_id)
+        tile = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+        if lengths:
+            visuals.append(plain("image", rows[start : start + len(tile)], tile))
+        start += len(tile)
+    if start != len(rows):
+        raise ValueError(f"input_ids: expected {len(rows)} image placeholders, one per visual token, got {start}")
+    return visuals, {"image": out}
+
+
 def _packed_layout(
     model: PreTrainedModel, tiles: int, image_size: list[int], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +159,9 @@ def _packed_layout(
     """
     config = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
+    side = int(
+        side * Fraction(getattr(config, "downsample_rate", None) or 1)
+    )  # Granite 4's projectors shrink each tile
     across = 1
     coordinates = torch.full((tiles, side * side, 2), -2.0)
     if tiles > 1:
@@ -146,10 +172,10 @@ def _packed_layout(
         inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
         for crop in range(tiles - 1):
             coordinates[crop + 1] = inside + side * torch.tensor(divmod(crop, across))
-    packed, _ = model.base_model.pack_image_features(
+    packed = model.base_model.pack_image_features(
         [coordinates], [image_size], image_newline=torch.tensor([-1.0, -1.0]), **options
     )
-    position = packed[0]
+    position = (packed[0] if isinstance(packed, tuple) else packed)[0]  # some return the lengths as well
     newline = position[:, 0] == -1
     base = position[:, 0] == -2
     row, column = (position + 0.5).floor().long().unbind(1)
@@ -198,12 +224,37 @@ def _packed_visuals(
 
 
 def llava_next(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+    """Images as LLaVA-NeXT packs them; videos, of LLaVA-NeXT-Video, without newlines, a tile for each frame."""
+    visuals: list[Visual] = []
+    outputs: dict[str, Any] = {}
+    out = run("image")
+    if out is not None:
+        visuals += _next_images(model, inputs, out.pooler_output)
+        outputs["image"] = out
+    out = run("video")
+    if out is not None:
+        frames = inputs["pixel_values_videos"].shape[1]
+        for video in out.pooler_output:
+            features = video.reshape(-1, video.shape[-1])
+            visuals.append(plain("video", features, torch.arange(len(features)) // (len(features) // frames)))
+        outputs["video"] = out
+    return visuals, outputs
+
+
+def granite4_vision(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:
+    """Packed as LLaVA-NeXT's, once for each layer that gets features; the first layer's are those that compete."""
     out = run("image")
     assert out is not None
+    layers = [packed for _, packed in out.deepstack_features]
+    visuals = _next_images(model, inputs, layers[0])
+    for i, visual in enumerate(visuals):
+        visual.planes = [layer[i] for layer in layers]
+    return visuals, {"image": out}
+
+
+def _next_images(model: PreTrainedModel, inputs: Mapping[str, Any], packed: list[Tensor]) -> list[Visual]:
     strategy = inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
-    cropped = [True] * len(out.pooler_output)
-    options = {"vision_feature_select_strategy": strategy}
-    return _packed_visuals(model, inputs, out.pooler_output, cropped, options), {"image": out}
+    return _packed_visuals(model, inputs, packed, [True] * len(packed), {"vision_feature_select_strategy": strategy})
 
 
 def llava_onevision(model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, run: Encoder) -> Encoded:

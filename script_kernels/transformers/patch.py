@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .families import family_of, parameters, unwrap
 from .prune import PrunedInputs, consumed, has_pixels, prune_inputs
+from .versions import splits_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,7 +132,8 @@ def script_pruning(model: PreTrainedModel, keep: int | None = None, **arguments:
 
     Takes the arguments of `prune_inputs`. Calls without pixels pass unchanged. `generate` returns the prompt as it was
     passed, followed by the new tokens; `model(**inputs)` returns logits of the pruned prompt. A later turn passes the
-    whole conversation and the cache of the turn before, inside the block, as ever.
+    whole conversation and the cache of the turn before, inside the block, as ever; outside blocks such a cache raises a
+    ValueError.
 
     The block prunes for the thread or task that opened it, and for tasks started inside it; other threads call the
     model unpruned (`contextvars.copy_context().run` takes the block along). Blocks may nest and be left in any order:
@@ -174,12 +176,34 @@ def _turn(cache: Any) -> _Turn | None:
     return getattr(cache, "script_turn", None) if cache is not None and cache.get_seq_length() else None
 
 
+@functools.cache
+def _guarded(kind: Any) -> Any:
+    """A kind of cache that takes no tokens outside blocks, where nobody maps the conversation to the pruned prompt."""
+
+    class Guarded(kind):
+        guarded = True
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            if not any(block.is_open for block in _blocks.get()):
+                raise ValueError(
+                    "past_key_values: expected a call inside script_pruning, which knows the prompt that the cache "
+                    "holds pruned, got one outside"
+                )
+            return super().update(*args, **kwargs)
+
+    Guarded.__name__ = Guarded.__qualname__ = kind.__name__
+    return Guarded
+
+
 def _remember(turn: _Turn, *places: Any) -> None:
     for place in places:
         for name in _CACHES:
             cache = place.get(name) if hasattr(place, "get") else None
             if cache is not None:
                 cache.script_turn = turn
+                if not hasattr(cache, "guarded"):
+                    kind: Any = type(cache)
+                    cache.__class__ = _guarded(kind)
 
 
 def _prune_call(block: _Block, kwargs: dict[str, Any]) -> tuple[PrunedInputs, _Turn]:
@@ -223,14 +247,15 @@ def _restored(out: Any, prompt: Tensor, length: int) -> Any:
 
 
 def _check_chunks(kwargs: dict[str, Any], config: Any) -> None:
-    from transformers.generation import utils
-
     size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-    if size is not None and not hasattr(utils, "_slice_mm_encoder_output"):
+    if splits_chunks():
+        return
+    if size is not None:
         raise ValueError(
-            "prefill_chunk_size: expected None with images, as this version of transformers gives every chunk all "
+            "prefill_chunk_size: expected None with images, as this version of transformers gives no chunk its own "
             f"features, got {size}"
         )
+    kwargs.pop("prefill_chunk_size", None)  # the pruned inputs name it
 
 
 def _generate(
@@ -317,6 +342,7 @@ def _forward(block: _Block, original: Callable[..., Any], *args: Any, **kwargs: 
         kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
     if has_pixels(model, kwargs):
         pruned, turn = _prune_call(block, kwargs)
+        pruned.pop("prefill_chunk_size", None)
         out = original(**pruned, **kwargs)
         _remember(turn, kwargs, out)
         return out

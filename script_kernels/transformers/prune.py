@@ -19,7 +19,8 @@ from .layouts import MODALITIES, Visual
 from .positions import pruned_positions
 from .query import text_query
 from .select import Budget, choose, kept_rows
-from .selfcheck import check_keep_all
+from .selfcheck import check_family
+from .versions import splits_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -322,13 +323,14 @@ def prune_inputs(
     visuals, outputs, vision = encode(model, given, ids, mask, host)
     if not family.proven:
 
-        def keep_all() -> dict[str, Any]:
-            everything = [torch.arange(len(v.features)) for v in visuals]
-            columns = [row.nonzero()[:, 0] for row in mask]
-            data, _ = _assemble(model, given, host, columns, not family.has_mrope(model))
-            return data | passed | {"mm_encoder_outputs": rebuild(outputs, visuals, everything)}
+        def build(kept: list[Tensor], rows: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
+            columns = _kept_columns(mask, visuals, kept)
+            data, deltas = _assemble(model, given, host, columns, not family.has_mrope(model))
+            if deltas is not None:
+                model.base_model.rope_deltas = send(deltas, given["input_ids"].device)
+            return data | passed | {"mm_encoder_outputs": rebuild(outputs, visuals, rows)}, columns
 
-        check_keep_all(model, given | passed, mask, keep_all)
+        check_family(model, given | passed, mask, visuals, build)
 
     select_start = mark(device)
     prompts = [[v for v in visuals if v.prompt == prompt] for prompt in range(len(ids))]
@@ -357,7 +359,9 @@ def prune_inputs(
     stats = PruneStats(
         **counts, vision_ms=vision_ms, select_ms=milliseconds(select_start, select_end), prune_ms=total_ms - vision_ms
     )
-    return PrunedInputs(data | passed | {"mm_encoder_outputs": features}, kept, scores, stats)
+    # Given twice, an argument is an error: the one way in which `generate(**pruned, prefill_chunk_size=8)` shows there.
+    whole = {} if splits_chunks() else {"prefill_chunk_size": None}
+    return PrunedInputs(data | passed | whole | {"mm_encoder_outputs": features}, kept, scores, stats)
 
 
 def _text_only(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PrunedInputs:

@@ -130,7 +130,9 @@ def make_model(family: str) -> tuple[torch.nn.Module, object]:
             name = "Qwen2_5_VL"
         else:
             vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-            text |= {"head_dim": 32}
+            # transformers interleaves the axes of Qwen3-VL whatever the config says; vLLM where it says so.
+            rope = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+            text |= {"head_dim": 32, "rope_parameters": {**text["rope_parameters"], **rope}}
             name = "Qwen3VL"
     config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text, **_QWEN)
     pixels = {"min_pixels": 64, "max_pixels": 4096, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}

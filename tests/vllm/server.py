@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Without the second, vLLM refuses every request that carries processor keywords.
+SWITCHES = ("--enforce-eager", "--trust-request-mm-kwargs")
+
 
 def command(model: Path, port: int, **arguments: object) -> list[str]:
     given = {
@@ -23,7 +26,7 @@ def command(model: Path, port: int, **arguments: object) -> list[str]:
         "max-model-len": 1024, "block-size": 32, "kv-cache-memory-bytes": 64 << 20, "seed": 0, **arguments,
     }  # fmt: skip
     flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *flags]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *SWITCHES, *flags]
 
 
 def free_port() -> int:

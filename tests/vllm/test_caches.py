@@ -43,6 +43,9 @@ def test_an_image_that_is_encoded_again_keeps_the_same_tokens(told: dict[str, An
     assert (alone["encoded"], batch["encoded"], again["encoded"]) == (1, 4, 4)
     assert batch["chosen"] == again["chosen"]
     assert alone["chosen"][0] in batch["chosen"]
+    assert distance(alone["answers"][0], batch["answers"][0]) < CLOSE
+    for got, want in zip(again["answers"], batch["answers"], strict=True):
+        assert distance(got, want) < CLOSE
 
 
 def test_an_image_that_was_evicted_fits_the_blocks_that_were_computed_before(told: dict[str, Any]) -> None:

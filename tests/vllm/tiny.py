@@ -152,11 +152,15 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     model, processor = make_model(family)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
+    return write(model.to(dtype), processor, folder)
+
+
+def write(model: torch.nn.Module, processor: object, folder: Path) -> Path:
     model.config.architectures = [type(model).__name__]
     model.generation_config.eos_token_id = None
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family in ("llava", "llava_next"):  # written by transformers without the level that vLLM 0.32 reads
+    if model.config.model_type in ("llava", "llava_next"):  # by transformers without the level that vLLM 0.32 reads
         weights = load_file(folder / "model.safetensors")
         old, new = "vision_tower.", "vision_tower.vision_model."
         renamed = {k if new in k else k.replace(old, new): v for k, v in weights.items()}

@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
             name, requests = "stock" if ratio is None else f"{ratio:.0%}", max(options.requests, in_flight)
             one = servers["stock" if ratio is None else "plugin"]
             got = measure(one, model, images, in_flight, ratio, requests, seed)
-            speeds = [got[key] for key in ("request_throughput", "mean_ttft_ms", "output_throughput")]
+            speeds = [float(got[key]) for key in ("request_throughput", "mean_ttft_ms", "output_throughput")]
             base = speeds[0] if ratio is None else base
             values = [round(value, 3) for value in (*speeds, speeds[0] / base)]
             rows.append(dict(zip(COLUMNS, (576 * images, in_flight, name, requests, *values), strict=True)))

@@ -1,0 +1,56 @@
+"""What the methods share: checks, unit rows, and the relevance after power, floor and sign."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..options import check_finite, check_int
+
+
+def check(tokens: Tensor, relevance: Tensor | None, keep: int) -> None:
+    """Raises ValueError or TypeError for arguments that no method takes."""
+    checks.bipartite_match(tokens, 0.0)
+    checks.qcsp(tokens, ones(tokens) if relevance is None else relevance, keep)
+
+
+def number(value: float, argument: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """The value as a float, once it is known to be finite and within the bounds."""
+    check_finite(value, argument)
+    if not low <= value <= high:
+        raise ValueError(f"{argument}: expected {low:g} <= {argument} <= {high:g}, got {value}")
+    return float(value)
+
+
+def count(value: int, argument: str, low: int) -> int:
+    """The value, once it is known to be an int that is not too small."""
+    check_int(value, argument)
+    if value < low:
+        raise ValueError(f"{argument}: expected {argument} >= {low}, got {value}")
+    return value
+
+
+def ones(tokens: Tensor) -> Tensor:
+    """A relevance of 1 for every token of (B, N, D)."""
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
+
+
+def finite(tokens: Tensor) -> Tensor:
+    """(B, N) bool: tokens without a NaN or an Inf."""
+    return torch.isfinite(tokens).all(-1)
+
+
+def unit(tokens: Tensor) -> Tensor:
+    """Rows over their norms in float32; zero rows, and rows with a NaN or an Inf, become zeros."""
+    x = tokens.float().masked_fill(~finite(tokens)[..., None], 0.0)
+    largest = x.abs().amax(-1, keepdim=True)
+    x = torch.where(largest > 0, x / largest, 0.0)  # squares of the largest float32 would overflow
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, x / norm, 0.0)
+
+
+def top(score: Tensor, keep: int) -> Tensor:
+    """The `keep` tokens of largest score (B, N), ascending; between equals the lower index, NaN last."""
+    order = torch.nan_to_num(score, nan=-math.inf).argsort(dim=1, descending=True, stable=True)
+    return order[:, :keep].sort(1).values

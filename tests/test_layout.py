@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"reference"},
     "triton": {"options"},
     "numpy": {"_core", "options"},
+    "methods": {"", "checks", "options", "reference!"},
 }
 # Demo, command line and integrations: users of the public functions, and of the oracle to compare with.
 INTEGRATION = {"", "numpy", "library", "options", "_core!", "demo!", "info!", "reference!", "transformers!", "triton!"}

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from .scenes import COLOUR_NAMES, GRID, LENGTH, LETTERS, THINGS, WORD, WORDS
 
 
+OWN_WORDS = 2.0  # added to the scores of a question's own words, in every head
+
+
 @dataclass(frozen=True)
 class Sizes:
     width: int = 128
@@ -194,7 +197,9 @@ class Judge(nn.Module):
         rotary = Rotary(torch.cat([position, after], 1), self.sizes.width // self.sizes.heads // 2)
         which, when = torch.arange(Q).repeat_interleave(T), torch.arange(T).repeat(Q)
         own = (which[:, None] == which) & (when[:, None] >= when)
-        mask = torch.cat([torch.ones(Q * T, N, dtype=torch.bool), own], 1)
+        # Unweighted, a handful of words would drown among the image's tokens, and nothing would flow between them.
+        near = torch.where(own, OWN_WORDS, -math.inf)
+        mask = torch.cat([torch.zeros(Q * T, N), near], 1).to(image.dtype)
         for n, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             x = block.answer(x, rotary, N, mask, n == len(self.blocks) - 1)

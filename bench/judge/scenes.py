@@ -27,15 +27,15 @@ COLOUR_NAMES = tuple(COLOURS)
 QUADRANTS = ("topleft", "topright", "bottomleft", "bottomright")
 NUMBERS = ("one", "two", "three", "four")
 TEMPLATES = {
-    "colour": "what colour is {a} ?",
-    "where": "where is the {a} ?",
-    "count": "how many {a} tiles ?",
-    "right": "what right of {a} ?",
-    "left": "what left of {a} ?",
-    "exists": "is there a {a} ?",
-    "number": "what is the number ?",
-    "letter": "which letter on {a} ?",
-    "before": "is {a} before {b} ?",
+    "colour": "what colour is {a}",
+    "where": "where is the {a}",
+    "count": "how many tiles {a}",
+    "right": "what right of {a}",
+    "left": "what left of {a}",
+    "exists": "is there a {a}",
+    "number": "what is the number",
+    "letter": "which letter on {a}",
+    "before": "is {a} before {b}",
 }
 KINDS = tuple(TEMPLATES)
 WORDS = (
@@ -50,7 +50,7 @@ WORDS = (
     *sorted({w for t in TEMPLATES.values() for w in t.split() if "{" not in w}),
 )
 WORD = {word: i for i, word in enumerate(WORDS)}
-LENGTH = 6  # words of a question with its answer's first word: only a number's second digit is predicted from one
+LENGTH = 5  # words of a question with its answer's first word: only a number's second digit is predicted from one
 THINGS = 1 + len(LETTERS) + 10  # what a token may lie on: nothing, a letter, a digit
 
 

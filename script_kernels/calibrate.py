@@ -2,8 +2,8 @@
 
 The search needs one thing of a model: its next-token log-probabilities for an input, unpruned or with a candidate's
 selection. It runs each input unpruned once, and candidates by successive halving: all of them on a few inputs, the
-better half on more, until the budget of pruned runs is spent. What is compared is the Kullback-Leibler divergence of the
-pruned from the unpruned distributions, and how often the most likely tokens agree.
+better half on more, until the budget of pruned runs is spent. What is compared is the Kullback-Leibler divergence of
+the pruned from the unpruned distributions, and how often the most likely tokens agree.
 
     def run(question, candidate):                # (tokens, words) log-probabilities; candidate None: unpruned
         ...

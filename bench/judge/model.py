@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .scenes import COLOUR_NAMES, GRID, LENGTH, LETTERS, THINGS, WORD, WORDS
 
-
 OWN_WORDS = 2.0  # added to the scores of a question's own words, in every head
 
 

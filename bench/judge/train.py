@@ -1,4 +1,4 @@
-"""Trains a judge: `python -m bench.judge.train --seed 0`. Stops and goes on at any point: state is kept in --work.
+"""Trains a judge: `python -m bench.judge train --seed 0`. Stops and goes on at any point: state is kept in --work.
 
 Phases: the tower on mosaics of tiles, on small scenes, then on whole ones; then, with the tower frozen, projector and
 language model on small scenes, then on whole ones. A small scene is a smaller picture with fewer tiles, lying anywhere
@@ -207,7 +207,7 @@ def load(seed: int) -> Judge:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.judge.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.judge train", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("bench/out/judge"), help="checkpoints")

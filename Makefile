@@ -1,8 +1,9 @@
 # Every target that runs something sets up what it needs first; the second run starts at once.
 #
-#   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64")
+#   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64"); installs only what it needs
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
+#   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
 #   make gpu-report  build, test, measure on this machine's GPU, with PYTHON and no network (OUT=folder, GPU_ARGS=--dry-run)
 #   make clean     remove what was built; make distclean also removes the virtual environment
@@ -16,6 +17,7 @@ PYTHON ?= python3
 # What is installed where there is no torch yet. For a CPU-only build of it (a much smaller download):
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+# What the whole suite needs; make demo and make docs install their own extra where there is less.
 EXTRAS ?= dev,demo
 
 PYTEST_ARGS ?=
@@ -28,10 +30,10 @@ PIP := $(PY) -m pip
 CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc)
 CLANG_FORMAT := $(VENV)/bin/clang-format
-PY_PATHS := script_kernels bench tests setup.py .ci/smoke.py
+PY_PATHS := script_kernels bench tests tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -51,8 +53,20 @@ $(VENV)/.ready: | require-compiler
 	$(PIP) install -c $(VENV)/torch.txt "setuptools>=77" wheel "cmake>=3.26" ninja pybind11 numpy
 	touch $@
 
+# The package with some extra; what make setup installed serves for the others.
+install = $(PIP) install -c $(VENV)/torch.txt --no-build-isolation -e ".[$(1)]"
+
 $(VENV)/.installed: $(VENV)/.ready $(BUILD_INPUTS)
-	$(PIP) install -c $(VENV)/torch.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(call install,$(EXTRAS))
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.demo: $(VENV)/.ready $(BUILD_INPUTS)
+	$(call install,demo)
+	touch $@
+
+# Built from the sources, docstrings included, so the package need not be installed.
+$(VENV)/.docs: $(VENV)/.ready docs/requirements.txt
+	$(PIP) install -r docs/requirements.txt
 	touch $@
 
 .PHONY: require-compiler
@@ -60,8 +74,12 @@ require-compiler:
 	@command -v $${CXX:-c++} > /dev/null \
 	  || { echo "script-kernels: no C++ compiler found (Debian and Ubuntu: apt-get install g++)"; exit 1; }
 
-demo: setup
+demo: $(VENV)/.demo
 	$(VENV)/bin/script-kernels demo $(DEMO_ARGS)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "wrote build/site/index.html"
 
 # One process a core, one thread a process.
 test: lint
@@ -72,6 +90,8 @@ lint: setup
 	$(PY) -m ruff format --check $(PY_PATHS)
 	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CPP_SOURCES)
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/shellcheck .ci/run tools/gpu
 
 format: setup
 	$(PY) -m ruff check --fix $(PY_PATHS)
@@ -87,7 +107,7 @@ gpu-report:
 
 clean:
 	rm -rf build dist *.egg-info demo.png bench/out .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f script_kernels/*.so $(VENV)/.installed
+	rm -f script_kernels/*.so $(VENV)/.installed $(VENV)/.demo
 	find . -name __pycache__ -not -path '*/.venv*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -120,7 +120,7 @@ def gsp(
         threshold: similarities >= threshold are edges of the graph.
         gamma: weight of the mean similarity.
         min_degree: edges from which on a token counts as embedded in the graph.
-        rounds: how many rounds; one round drops at most half.
+        rounds: how many rounds, at most 100; one round drops at most half.
 
     Returns:
         mask: (B, N) bool with exactly `keep` True per image.
@@ -128,7 +128,7 @@ def gsp(
 
     Raises:
         ValueError: wrong shape; `keep` out of range, or not to be reached in `rounds` (the message says how many it
-        takes).
+            takes).
         TypeError: not a floating dtype of the above.
 
     Source: Script, graph-structured pruning.

@@ -7,12 +7,11 @@ False until somebody asks, and asking would specialise the program on this size:
 condition `is False`, and the compiled program is checked by the op when it runs.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 
-from .options import GspOptions, PruneOptions, check_finite, check_int
+from .options import GspOptions, PruneOptions, check_finite, check_int, check_keeps, check_sizes
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,11 +28,15 @@ def _is_tensor(value: object, argument: str, dtype: torch.dtype | None) -> None:
     """A tensor, of this dtype; None: of a floating dtype that the ops take."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{argument}: expected a dense tensor, got {kind}")
     if dtype is None:
         if value.dtype not in FLOATING:
             raise TypeError(f"{argument}: expected float32, bfloat16 or float16, got {_dtype(value.dtype)}")
     elif value.dtype != dtype:
         raise TypeError(f"{argument}: expected {_dtype(dtype)}, got {_dtype(value.dtype)}")
+    check_sizes(value.shape, argument)
 
 
 def _on_device(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_argument: str = "tokens") -> None:
@@ -178,12 +181,7 @@ def prune_varlen(
         raise ValueError(f"cu_seqlens: expected shape (S + 1,), got {_shape(cu_seqlens)}")
     _on_device(cu_seqlens, "cu_seqlens", tokens)
     count = cu_seqlens.shape[0] - 1
-    if isinstance(keep, torch.Tensor) or not isinstance(keep, Sequence):
-        raise TypeError(f"keep: expected a sequence of ints, got {type(keep).__name__}")
-    for s, kept in enumerate(keep):
-        check_int(kept, f"keep[{s}]")
-        if (kept >= 0) is False:
-            raise ValueError(f"keep[{s}]: expected keep[{s}] >= 0, got {kept}")
+    check_keeps(keep)
     if (len(keep) == count) is False:
         raise ValueError(f"keep: expected one count per segment, S = {count}, got {len(keep)} counts")
     if query is not None:
@@ -199,19 +197,4 @@ def prune_varlen(
 
 def segments(starts: Sequence[int], total: int, keep: Sequence[int], options: PruneOptions) -> None:
     """Checks the values of `cu_seqlens` (as a list) against the tokens and `keep`; call `prune_varlen` first."""
-    if starts[0] != 0:
-        raise ValueError(f"cu_seqlens: expected a start at 0, got {starts[0]}")
-    for before, after in itertools.pairwise(starts):
-        if after < before:
-            raise ValueError(f"cu_seqlens: expected ascending values, got {after} after {before}")
-    if starts[-1] != total:
-        raise ValueError(f"cu_seqlens: expected an end at T = {total}, got {starts[-1]}")
-    for s, kept in enumerate(keep):
-        length = starts[s + 1] - starts[s]
-        if length == 0:
-            if kept != 0:
-                raise ValueError(f"keep[{s}]: expected 0 for an empty segment, got {kept}")
-            continue
-        if not 1 <= kept <= length:
-            raise ValueError(f"keep[{s}]: expected 1 <= keep[{s}] <= {length}, the segment's length, got {kept}")
-        options.check_drop(length)
+    options.check_segments(starts, total, keep)

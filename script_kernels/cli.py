@@ -1,20 +1,27 @@
 """The command `script-kernels`: `demo` draws what pruning does to a photograph, `info` tells what is installed."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from . import __version__
+
+# What the extra `demo` lists: no index has this package, so its extras cannot be named.
+DEMO_COMMAND = "pip install matplotlib scikit-image"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status: 0, or 1 where an extra is missing. Bad arguments exit with 2."""
     parser, demo = _parsers()
     arguments = parser.parse_args(argv)
-    return _demo(demo, arguments) if arguments.command == "demo" else _info()
+    return _demo(demo, arguments) if arguments.command == "demo" else _info(arguments.json)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(prog="script-kernels", description="Visual-token pruning kernels.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",
@@ -39,7 +46,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     demo.add_argument(
         "--text", default="What is in this picture?", help="the question with --model (default: %(default)s)"
     )
-    commands.add_parser("info", help="versions, libraries loaded or why not, what the machine offers")
+    info = commands.add_parser("info", help="versions, libraries loaded or why not, what the machine offers")
+    info.add_argument("--json", action="store_true", help="the same as one JSON object, for programs and bug reports")
     return parser, demo
 
 
@@ -58,7 +66,7 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         if error.name is None or error.name.startswith("script_kernels"):
             raise
         missing = error.name.partition(".")[0]
-        print(f'{parser.prog}: {missing} is not installed: pip install "script-kernels[demo]"', file=sys.stderr)
+        print(f"{parser.prog}: {missing} is not installed: {DEMO_COMMAND}", file=sys.stderr)
         return 1
     if arguments.model and arguments.box:
         parser.error("--box: expected none with --model, whose question is --text")
@@ -77,10 +85,13 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     return 0
 
 
-def _info() -> int:
+def _info(as_json: bool) -> int:
     from script_kernels.info import collect
 
     facts = collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return 0
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:<{width}}  {fact}")

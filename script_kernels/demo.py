@@ -448,7 +448,7 @@ def _model_features(model: str, photo: Array, words: str) -> tuple[Array, Tensor
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        message = 'transformers is not installed: pip install "script-kernels[transformers]"'
+        message = "transformers is not installed: pip install 'transformers>=5.18'"
         raise InputError(f"--model: {message}") from None
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"--model: {error}") from None

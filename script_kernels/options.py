@@ -4,10 +4,17 @@ Every face builds one from the keywords that its users write and hands it on who
 same counts. Needs neither PyTorch nor NumPy.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 COMBINE = ("intersect", "restrict")
+# A round is a matching of all that is left. A hundred of them get to one token in a hundred; more would only be time.
+MOST_ROUNDS = 100
+# No dimension of any argument is larger. Positions and counts are then exact in int32 and float32, and a view of stride
+# 0, which may claim any size without having it, cannot ask for work without end.
+MOST_SIZE = 2**24
 
 
 def is_symbolic(value: object) -> bool:
@@ -25,6 +32,23 @@ def check_number(value: object, argument: str) -> None:
     """Raises TypeError unless the value is a float or an int, or that of a traced program."""
     if not (isinstance(value, (float, int)) or is_symbolic(value)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a float, got {type(value).__name__}")
+
+
+def check_keeps(keep: object) -> None:
+    """Raises unless `keep` is a sequence of counts; a tensor or an array is none."""
+    if not isinstance(keep, Sequence):
+        raise TypeError(f"keep: expected a sequence of ints, got {type(keep).__name__}")
+    for s, kept in enumerate(keep):
+        check_int(kept, f"keep[{s}]")
+        if (kept >= 0) is False:
+            raise ValueError(f"keep[{s}]: expected keep[{s}] >= 0, got {kept}")
+
+
+def check_sizes(shape: Sequence[int], argument: str) -> None:
+    """Raises ValueError where a dimension is larger than any argument's may be."""
+    for size in shape:
+        if (size <= MOST_SIZE) is False:
+            raise ValueError(f"{argument}: expected sizes up to {MOST_SIZE}, got {tuple(shape)}")
 
 
 def check_finite(value: float, argument: str) -> None:
@@ -53,14 +77,18 @@ class GspOptions:
         check_int(self.rounds, "rounds")
         if (self.rounds >= 1) is False:
             raise ValueError(f"rounds: expected rounds >= 1, got {self.rounds}")
+        if (self.rounds <= MOST_ROUNDS) is False:
+            raise ValueError(f"rounds: expected rounds <= {MOST_ROUNDS}, got {self.rounds}")
 
     def check_reachable(self, n: int, keep: int, asked: str | None = None) -> None:
         """Raises ValueError, naming what was `asked` (default: `keep`), unless `rounds` rounds get from n to it."""
         if any(is_symbolic(value) for value in (n, keep, self.rounds)) or rounds_suffice(n, keep, self.rounds):
             return
+        needed = rounds_needed(n, keep)
+        way = f"; needs rounds >= {needed}" if needed <= MOST_ROUNDS else f", nor with any rounds <= {MOST_ROUNDS}"
         raise ValueError(
             f"{asked or f'keep: {keep}'} of N = {n} tokens cannot be reached with rounds = {self.rounds} "
-            f"(a round drops at most half); needs rounds >= {rounds_needed(n, keep)}"
+            f"(a round drops at most half){way}"
         )
 
 
@@ -93,6 +121,25 @@ class PruneOptions(GspOptions):
             kept = self.gsp_keep(n)
             self.check_reachable(n, kept, f"gsp_drop: {self.gsp_drop} keeps {kept}, which")
 
+    def check_segments(self, starts: Sequence[int], total: int, keep: Sequence[int]) -> None:
+        """Raises ValueError unless `starts` splits `total` rows into segments of which `keep` can be kept."""
+        if starts[0] != 0:
+            raise ValueError(f"cu_seqlens: expected a start at 0, got {starts[0]}")
+        for before, after in itertools.pairwise(starts):
+            if after < before:
+                raise ValueError(f"cu_seqlens: expected ascending values, got {after} after {before}")
+        if starts[-1] != total:
+            raise ValueError(f"cu_seqlens: expected an end at T = {total}, got {starts[-1]}")
+        for s, kept in enumerate(keep):
+            length = starts[s + 1] - starts[s]
+            if length == 0:
+                if kept != 0:
+                    raise ValueError(f"keep[{s}]: expected 0 for an empty segment, got {kept}")
+                continue
+            if not 1 <= kept <= length:
+                raise ValueError(f"keep[{s}]: expected 1 <= keep[{s}] <= {length}, the segment's length, got {kept}")
+            self.check_drop(length)
+
     def gsp_keep(self, n: int) -> int:
         """Tokens that GSP keeps of n."""
         return n - math.floor(self.gsp_drop * n)
@@ -116,9 +163,9 @@ def rounds_suffice(n: int, keep: int, rounds: int) -> bool:
 
 
 def rounds_needed(n: int, keep: int) -> int:
-    """The smallest number of rounds that suffices, for 1 <= keep <= n."""
+    """The smallest number of rounds that suffices, for 1 <= keep <= n; MOST_ROUNDS + 1 if none that is allowed does."""
     # The last round drops about left / rounds of at most 2 keep + 1 tokens, so fewer rounds than this cannot do.
-    rounds = max(1, (n - keep) // (keep + 2))
-    while not rounds_suffice(n, keep, rounds):
+    rounds = max(1, min((n - keep) // (keep + 2), MOST_ROUNDS + 1))
+    while rounds <= MOST_ROUNDS and not rounds_suffice(n, keep, rounds):
         rounds += 1
     return rounds

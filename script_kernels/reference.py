@@ -62,11 +62,11 @@ def cosine(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 def kernel_matrix(tokens: Tensor, relevance: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The conditional kernel L = diag(r) S diag(r), (B, N, N), of tokens (B, N, D) and relevance (B, N).
 
-    The diagonal is r_i^2 exactly, 0 for zero rows. A bad row, or a relevance whose float32 square is not finite, gives
-    a zero row and column.
+    The diagonal is r_i^2 exactly, 0 for zero rows. A bad row, or a relevance that is not finite, gives a zero row and
+    column.
     """
     x = unit_rows(tokens, dtype)
-    r = torch.where(torch.isfinite(relevance.float() ** 2), relevance.to(dtype), 0.0)
+    r = torch.where(torch.isfinite(relevance), relevance.to(dtype), 0.0)
     s = x @ x.mT
     s.diagonal(dim1=1, dim2=2).copy_((x != 0).any(-1))
     first = first_equal(x)
@@ -254,9 +254,14 @@ def dpp_map(kernel: Tensor, k: int, *, dtype: torch.dtype = torch.float32) -> tu
 
 def _select(tokens: Tensor, relevance: Tensor, tier: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Greedy selection in which bad tokens form a tier of their own behind all others."""
-    bad = bad_rows(tokens) | ~torch.isfinite(relevance.float() ** 2)
-    kernel = kernel_matrix(tokens, relevance, dtype=dtype)
-    return greedy(kernel, relevance.masked_fill(bad, 0.0), tier.masked_fill(bad, 2), k)
+    bad = bad_rows(tokens) | ~torch.isfinite(relevance)
+    relevance = relevance.masked_fill(bad, 0.0)
+    # By a power of two, so that no square overflows or vanishes.
+    exponent = -torch.frexp(relevance.abs().amax(1, keepdim=True)).exponent
+    indices, gains = greedy(
+        kernel_matrix(tokens, torch.ldexp(relevance, exponent), dtype=dtype), relevance, tier.masked_fill(bad, 2), k
+    )
+    return indices, torch.ldexp(gains.double(), -2 * exponent).clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 @torch.no_grad()

@@ -1,25 +1,22 @@
 """Compiles every Triton kernel for every GPU it is meant for, on a machine that needs no GPU.
 
-    python -m script_kernels.targets [--target sm_90 ...] [--only MODULE ...] [--jobs N]
+    python -m script_kernels.targets [--target sm_90 ...] [--only GROUP ...] [--jobs N]
 
-Each module of `script_kernels.triton` exports `LAUNCH_TABLE`, a tuple of (name, call). A call runs a launcher on
-tensors without storage (device "meta"); its kernel launches are recorded, with the types, alignments and constants that
-the same launch on a GPU would have, and compiled for each target. The table that is printed has one line per kernel,
+Each call of `script_kernels.triton.tables` runs a launcher on tensors without storage (device "meta"); its kernel
+launches are recorded, with the types, alignments and constants that Triton's run time derives for the same launch on a
+GPU, and compiled for each target into its cache. The table that is printed has one line per kernel,
 variant and target: registers, spilled bytes, shared memory and size of the binary. The exit status is 1 if a kernel
 does not compile, spills, or asks for more shared memory than the target has.
 """
 
 import argparse
-import importlib
-import inspect
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,26 +39,27 @@ TARGETS = tuple(SHARED_LIMITS)
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel launch as the compiler sees it: type per argument, alignments, constants and options."""
+    """A kernel launch as Triton's run time hands it to the compiler, for one target."""
 
-    module: str
+    group: str
     variant: str
+    target: str
     kernel: Any  # triton.JITFunction
-    signature: dict[str, str]
-    constants: dict[tuple[int], Any]
-    attributes: dict[tuple[int], list[list[Any]]]
-    options: dict[str, Any]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: Any
 
     @property
     def key(self) -> str:
-        return repr((self.kernel.__name__, self.signature, self.constants, self.attributes, self.options))
+        return repr((self.kernel.__name__, self.target, self.signature, self.constants, self.attributes, self.options))
 
 
 @dataclass
 class Binary:
     """What a compiled kernel needs of a target, or why there is none."""
 
-    module: str
+    group: str
     variant: str
     kernel: str
     target: str
@@ -81,83 +79,64 @@ def gpu_target(name: str) -> Any:
     return GPUTarget("hip", name, 64)
 
 
-def describe(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes of a launch, specialised as the runtime would: 1 is a constant, multiples of
-    16 are known to be such, and pointers are aligned, as allocations are."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        aligned = False
-        if parameter.is_constexpr or (value is None):
-            kind = "constexpr"
-        elif hasattr(value, "dtype"):
-            kind = "*" + POINTERS[str(value.dtype)]
-            aligned = True
-        elif isinstance(value, float):
-            kind = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            kind = "constexpr"
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(i,)] = value
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
+class Driver:
+    """Stands for the driver of a GPU that need not be here: what is asked of it before a kernel is compiled."""
 
+    def __init__(self, target: str) -> None:
+        self.target = target
 
-POINTERS = {
-    "torch.float32": "fp32",
-    "torch.float16": "fp16",
-    "torch.bfloat16": "bf16",
-    "torch.int32": "i32",
-    "torch.int64": "i64",
-    "torch.uint8": "u8",
-    "torch.bool": "i1",
-}
+    def get_current_device(self) -> str:
+        return self.target  # kernels remember by it what they know of a device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return gpu_target(self.target)
 
 
 @contextmanager
-def recording(module: str) -> Iterator[Callable[[str], list[Launch]]]:
-    """Within it, kernels are recorded in place of launched; the yielded function names and returns those since last."""
+def recording(group: str, target: str = "sm_90") -> Iterator[Callable[[str], list[Launch]]]:
+    """Within it, kernels are recorded in place of compiled and launched; the yielded function names and returns those
+    since last. Types, alignments, constants and options are those that the run time derives for the target."""
+    from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    launches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
+    found: list[tuple[Any, ...]] = []
+    run, compiled, active = JITFunction.run, JITFunction._do_compile, driver._active
 
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        own = {name: options.pop(name) for name in list(options) if name in self.arg_names}
-        launches.append((self, inspect.signature(self.fn).bind(*args, **own).arguments, options))
+    def record(
+        self: Any, key: str, signature: dict, device: str, constants: dict, options: Any, attributes: dict, warmup: bool
+    ) -> None:
+        found.append((self, signature, constants, attributes, options))
+
+    def without_nvidias_options(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not target.startswith("sm_"):
+            options.pop("maxnreg", None)
+        return run(self, *arguments, **options)
 
     def take(variant: str) -> list[Launch]:
-        taken = [
-            Launch(module, variant, kernel, *describe(kernel, arguments), options)
-            for kernel, arguments, options in launches
-        ]
-        launches.clear()
+        taken = [Launch(group, variant, target, *launch) for launch in found]
+        found.clear()
         return taken
 
-    run = JITFunction.run
-    JITFunction.run = record
+    JITFunction.run, JITFunction._do_compile, driver._active = without_nvidias_options, record, Driver(target)
     try:
         yield take
     finally:
-        JITFunction.run = run
+        JITFunction.run, JITFunction._do_compile, driver._active = run, compiled, active
 
 
-def collect(only: list[str] | None = None) -> list[Launch]:
-    """Every distinct launch of the launch tables."""
-    package = importlib.import_module(f"{__package__}.triton")
+def collect(only: list[str] | None = None, targets: Sequence[str] = ("sm_90",)) -> list[Launch]:
+    """Every distinct launch of the tables."""
+    from .triton.tables import LAUNCHES
+
     found: dict[str, Launch] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        if only and info.name not in only:
+    for group, variant, call in LAUNCHES:
+        if only and group not in only:
             continue
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        with recording(info.name) as take:
-            for variant, call in getattr(module, "LAUNCH_TABLE", ()):
+        for target in targets:
+            with recording(group, target) as take:
                 call()
                 for launch in take(variant):
                     found.setdefault(launch.key, launch)
@@ -192,15 +171,16 @@ def amd_usage(assembly: str) -> tuple[int, int]:
     return number("vgpr_count"), number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
 
 
-def compile_launch(launch: Launch, target: str) -> Binary:
-    """Compiles one launch for one target."""
+def compile_launch(launch: Launch) -> Binary:
+    """Compiles one launch, as the run time would: what it finds in Triton's cache afterwards is this binary."""
     import triton
     from triton.compiler import ASTSource
 
-    result = Binary(launch.module, launch.variant, launch.kernel.__name__, target)
+    target = launch.target
+    result = Binary(launch.group, launch.variant, launch.kernel.__name__, target)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     try:
-        compiled = triton.compile(source, target=gpu_target(target), options=launch.options)
+        compiled = triton.compile(source, target=gpu_target(target), options=launch.options.__dict__)
     except Exception as error:  # a compiler may raise anything; what it says goes into the table
         result.problems.append(f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
         return result
@@ -222,23 +202,22 @@ def compile_launch(launch: Launch, target: str) -> Binary:
 _LAUNCHES: list[Launch] = []  # inherited by the workers, which are forked: kernels cannot be pickled
 
 
-def _compile_at(work: tuple[int, str]) -> Binary:
-    return compile_launch(_LAUNCHES[work[0]], work[1])
+def _compile_at(i: int) -> Binary:
+    return compile_launch(_LAUNCHES[i])
 
 
-def compile_all(launches: list[Launch], targets: tuple[str, ...], jobs: int) -> Iterator[Binary]:
+def compile_all(launches: list[Launch], jobs: int) -> Iterator[Binary]:
     """Compiles in `jobs` processes; results come in order."""
     _LAUNCHES[:] = launches
-    work = [(i, target) for i in range(len(launches)) for target in targets]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        yield from pool.map(_compile_at, work)
+        yield from pool.map(_compile_at, range(len(launches)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m script_kernels.targets", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="compile for this target only (repeatable)")
-    parser.add_argument("--only", action="append", metavar="MODULE", help="only this module's kernels (repeatable)")
+    parser.add_argument("--only", action="append", metavar="GROUP", help="only this group of launches (repeatable)")
     parser.add_argument(
         "--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
@@ -246,18 +225,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    launches = collect(options.only)
+    launches = collect(options.only, options.target or TARGETS)
     if not launches:
         print("no kernel found", file=sys.stderr)
         return 1
     row = "{:16} {:24} {:20} {:7} {:>9} {:>7} {:>7} {:>8}  {}"
-    print(row.format("module", "variant", "kernel", "target", "registers", "spilled", "shared", "binary", "").rstrip())
+    print(row.format("group", "variant", "kernel", "target", "registers", "spilled", "shared", "binary", "").rstrip())
     failed = 0
     count = 0
-    for b in compile_all(launches, tuple(options.target or TARGETS), options.jobs):
+    for b in compile_all(launches, options.jobs):
         failed += bool(b.problems)
         count += 1
-        cells = (b.module, b.variant, b.kernel.removesuffix("_kernel"), b.target)
+        cells = (b.group, b.variant, b.kernel.removesuffix("_kernel"), b.target)
         numbers = (b.registers, b.spilled, b.shared, b.size)
         print(row.format(*cells, *numbers, "; ".join(b.problems)).rstrip(), flush=True)
     print(f"{count} binaries, {failed} with problems")

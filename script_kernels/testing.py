@@ -191,8 +191,7 @@ def gap_threshold(tokens: Tensor, target: float = 0.2, *, clearance: float = 1e-
 def kernel64(tokens: Tensor, relevance: Tensor | None = None) -> Tensor:
     """The float64 kernel L = diag(r) S diag(r) (B, N, N), on the CPU, of exactly the given tokens and relevance.
 
-    Zero rows, rows holding NaN or Inf, and tokens whose relevance has no finite float32 square get zero rows and
-    columns.
+    Zero rows, rows holding NaN or Inf, and tokens whose relevance is not finite get zero rows and columns.
     """
     x = tokens.detach().cpu().double()
     x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, 0.0)
@@ -200,7 +199,7 @@ def kernel64(tokens: Tensor, relevance: Tensor | None = None) -> Tensor:
     x = x / norm.masked_fill(norm == 0, 1.0)
     if relevance is not None:
         r = relevance.detach().cpu()
-        x = x * r.double().masked_fill(~torch.isfinite(r.square()), 0.0)[..., None]
+        x = x * r.double().masked_fill(~torch.isfinite(r), 0.0)[..., None]
     return x @ x.mT
 
 

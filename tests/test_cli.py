@@ -1,13 +1,17 @@
 """The command line: what it prints, and how it refuses."""
 
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from script_kernels import cli, info
+from script_kernels import cli, info, version
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
@@ -31,6 +35,25 @@ def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
     for name, fact in facts.items():
         assert any(line.startswith(name) for line in out.splitlines()), name
         assert fact in out
+
+
+def test_info_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == info.collect()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"script-kernels {version.__version__}\n"
+
+
+def test_the_message_names_what_the_extra_installs() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^demo = \[(.*)\]$", pyproject, re.MULTILINE)
+    wanted = {re.split("[<>=~]", name)[0] for name in re.findall(r'"([^"]+)"', extra)}
+    assert wanted == set(cli.DEMO_COMMAND.split()[2:])
 
 
 @pytest.mark.parametrize(
@@ -90,5 +113,5 @@ def test_a_missing_extra_is_named(missing: str, tmp_path: pathlib.Path) -> None:
         text=True,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.strip().endswith(f'{missing} is not installed: pip install "script-kernels[demo]"')
+    assert done.stderr.strip().endswith(f"{missing} is not installed: {cli.DEMO_COMMAND}")
     assert list(tmp_path.iterdir()) == []

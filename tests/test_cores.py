@@ -2,44 +2,20 @@
 
 import os
 import pathlib
-import platform
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from simd_levels import build_cores, levels_of
 
 from script_kernels import reference, testing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-X86 = platform.machine() in ("x86_64", "AMD64")
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
-LEVELS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-}
+MAIN = ROOT / "tests/cores/main.cpp"
 SHAPES = [(1, 1, 1, 1), (2, 3, 2, 1), (63, 7, 20, 40), (130, 33, 70, 65), (321, 18, 60, 161)]
-
-
-def build(folder: pathlib.Path, compiler: str, flags: list[str], levels: list[str]) -> pathlib.Path:
-    """Compiles the program with the same split of flags as CMakeLists.txt."""
-    common = [compiler, "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *flags]
-    sources = {ROOT / "tests/cores/main.cpp": [], ROOT / "csrc/cpu/simd.cpp": []}
-    # GCC notes that vectors wider than the target's are passed differently by other compilers; none leaves its file.
-    sources |= {
-        ROOT / f"csrc/cpu/simd_{level}.cpp": ["-ffp-contract=fast", "-Wno-psabi", *LEVELS[level]] for level in levels
-    }
-    objects = []
-    for source, own in sources.items():
-        objects.append(folder / f"{source.stem}.o")
-        subprocess.run([*common, *own, "-c", str(source), "-o", str(objects[-1])], check=True, timeout=300)
-    program = folder / "cores"
-    subprocess.run([*common, *map(str, objects), "-o", str(program)], check=True, timeout=300)
-    return program
 
 
 def check(command: list[str], n: int, width: int, k: int, keep: int, dtype: torch.dtype, kind: str, **env: str) -> None:
@@ -76,12 +52,12 @@ def check(command: list[str], n: int, width: int, k: int, keep: int, dtype: torc
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     compiler = os.environ.get("CXX", "g++")
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    return build(tmp_path_factory.mktemp("sanitized"), compiler, flags, list(LEVELS) if X86 else ["baseline"])
+    return build_cores(tmp_path_factory.mktemp("sanitized"), MAIN, compiler, flags)
 
 
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("level", list(LEVELS) if X86 else ["baseline"])
+@pytest.mark.parametrize("level", levels_of())
 def test_sanitizers(sanitized: pathlib.Path, level: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check([str(sanitized)], *shape, dtype, "powerlaw", SCRIPT_KERNELS_SIMD=level)
 
@@ -100,17 +76,31 @@ def aarch64(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:
         pytest.skip("no aarch64-linux-gnu-g++ (Debian: apt-get install g++-aarch64-linux-gnu)")
-    return build(tmp_path_factory.mktemp("aarch64"), compiler, ["-O3", "-static"], ["baseline"])
+    return build_cores(tmp_path_factory.mktemp("aarch64"), MAIN, compiler, ["-O3", "-static"], "aarch64")
 
 
 def test_compiles_for_aarch64(aarch64: pathlib.Path) -> None:
     assert aarch64.read_bytes()[:4] == b"\x7fELF"
 
 
+def emulator() -> str:
+    found = shutil.which("qemu-aarch64")
+    if found is None:
+        pytest.skip("no qemu-aarch64 (Debian: apt-get install qemu-user)")
+    return found
+
+
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_runs_on_aarch64(aarch64: pathlib.Path, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    emulator = shutil.which("qemu-aarch64")
-    if emulator is None:
-        pytest.skip("no qemu-aarch64 (Debian: apt-get install qemu-user)")
-    check([emulator, str(aarch64)], *shape, dtype, "powerlaw")
+@pytest.mark.parametrize("level", levels_of("aarch64"))
+def test_runs_on_aarch64(
+    aarch64: pathlib.Path, level: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    check([emulator(), "-cpu", "max", str(aarch64)], *shape, dtype, "powerlaw", SCRIPT_KERNELS_SIMD=level)
+
+
+def test_the_level_with_bf16_products_is_used_where_the_processor_has_them(aarch64: pathlib.Path) -> None:
+    """QEMU's cortex-a57 has none, its largest CPU has; a level that is not there is not called."""
+    for cpu, name in (("cortex-a57", "baseline"), ("max", "neon_bf16")):
+        result = subprocess.run([emulator(), "-cpu", cpu, str(aarch64), "level"], capture_output=True, timeout=60)
+        assert result.stdout.decode() == name

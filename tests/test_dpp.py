@@ -131,13 +131,57 @@ def test_rank_is_exhausted_at_a_millionth(backend):
     torch.testing.assert_close(gains.cpu(), torch.tensor([[1.0, 1.01e-6, 0.0]]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20, -3e38])
-def test_relevance_without_a_finite_square_makes_a_token_bad(backend, value):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_relevance_that_is_not_finite_makes_a_token_bad(backend, value):
     tokens, relevance = testing.make_tokens("gaussian", 1, 20, 32), testing.make_relevance(1, 20)
     relevance[0, 3] = value
     relevance[0, 7] = 0.0
     indices, _ = assert_qcsp(backend, tokens, relevance, 20)
     assert indices[0, -2:].tolist() == [7, 3]
+
+
+@pytest.mark.parametrize("value", [1e19, 1.9e19, 1e20, -3e38, 3.4028234663852886e38])
+def test_a_finite_relevance_of_any_size_counts(backend, value):
+    """Its square may be more than float32 holds: the gain is then the largest float32."""
+    largest = torch.finfo(torch.float32).max
+    relevance = torch.tensor([[1.0, 2.0, value, 3.0]])
+    indices, gains = backend.qcsp(torch.eye(4)[None].to(backend.device), relevance.to(backend.device), 4)
+    assert indices.tolist() == [[2, 3, 1, 0]]
+    torch.testing.assert_close(gains.cpu(), torch.tensor([[min(value**2, largest), 0.0, 0.0, 0.0]]))
+    tokens = testing.make_tokens("gaussian", 1, 40, 64)
+    relevance = testing.make_relevance(1, 40) * (value / 4)
+    indices, _ = backend.qcsp(tokens.to(backend.device), relevance.to(backend.device), 20)
+    testing.certify(testing.kernel64(tokens, relevance), indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 64, 130, 1000, 4096, 65536])
+def test_equal_tokens_go_by_relevance(backend, width, dtype):
+    """Nothing is left of a token that equals a pick, however long the rows whose products are rounded."""
+    generator = torch.Generator().manual_seed(width)
+    for rows in (torch.full((1, width), 0.1), torch.randn(1, width, generator=generator) + 3.0):
+        n = 300 if width < 65536 else 60
+        tokens = rows.to(dtype).expand(1, n, width).contiguous()
+        relevance = torch.rand(1, n, generator=generator)
+        indices, gains = backend.qcsp(tokens.to(backend.device), relevance.to(backend.device), n)
+        assert indices[0].tolist() == relevance[0].argsort(descending=True, stable=True).tolist()
+        assert bool((gains[0, 1:] == 0).all())
+        kept = backend.prune(tokens.to(backend.device), None, n // 4, gsp_drop=0.0)
+        assert kept[0].tolist() == list(range(n // 4))
+
+
+def test_two_kinds_of_equal_tokens_are_two_ranks(backend):
+    """The residual of a duplicate vanishes at the second pick as it does at the first."""
+    generator = torch.Generator().manual_seed(0)
+    for width in (7, 300, 5000):
+        kinds = torch.randn(2, width, generator=generator)
+        tokens = kinds[torch.arange(200) % 2][None]
+        relevance = torch.rand(1, 200, generator=generator) * 0.5 + 0.5
+        indices, gains = backend.qcsp(tokens.to(backend.device), relevance.to(backend.device), 200)
+        assert {int(i) % 2 for i in indices[0, :2]} == {0, 1}
+        assert int((gains > 0).sum()) == 2
+        rest = [i for i in relevance[0].argsort(descending=True, stable=True).tolist() if i not in indices[0, :2]]
+        assert indices[0, 2:].tolist() == rest
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -74,25 +74,14 @@ def test_without_triton() -> None:
 
 def test_without_triton_a_cuda_call_says_so() -> None:
     code = """
-        import types
         from script_kernels import ops
         try:
-            entry = ops._triton_entry("gsp", torch.ops.script.gsp.default._schema)
-            entry(torch.randn(1, 8, 4), 6)
+            (gsp,) = (op for op in ops.OPS if op.name == "gsp")
+            ops._on_cuda(gsp)(torch.randn(1, 8, 4), 6)
         except ImportError as error:
             print(error)
     """
-    # A launcher as it stands in the package: it imports Triton.
-    fake = "import importlib; real = importlib.import_module\n" + textwrap.dedent(
-        """
-        def import_module(name, package=None):
-            if name == "script_kernels.triton.gsp":
-                import triton
-            return real(name, package)
-        importlib.import_module = import_module
-        """
-    )
-    text = run(textwrap.dedent(BLOCK_TRITON) + "import torch, script_kernels\n" + fake + textwrap.dedent(code))
+    text = run(textwrap.dedent(BLOCK_TRITON) + "import torch, script_kernels\n" + textwrap.dedent(code))
     assert text == "script.gsp on CUDA needs Triton, which is not installed: pip install triton\n"
 
 

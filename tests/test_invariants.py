@@ -95,8 +95,9 @@ def test_qcsp_keeps_every_promise(backend, problem):
     kernel64 = testing.kernel64(tokens, relevance)
     exact = testing.certify(kernel64, indices)
     scale = kernel64.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
-    assert ((gains.cpu() - exact).abs() <= 1e-5 * scale).all()
-    bad = ~torch.isfinite(tokens).all(-1) | ~torch.isfinite(relevance.square())
+    largest = torch.finfo(torch.float32).max  # a square may be more
+    assert ((gains.cpu() - exact.clamp(max=largest)).abs() <= 1e-5 * scale).all()
+    bad = ~torch.isfinite(tokens).all(-1) | ~torch.isfinite(relevance)
     testing.certify_fallback(indices.cpu(), gains.cpu(), relevance, bad)
 
 

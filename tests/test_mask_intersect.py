@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import script_kernels.numpy as script_numpy
 from script_kernels import testing
 
 
@@ -56,3 +57,34 @@ def test_expanded_inputs(backend):
     ranking = torch.tensor([[5, 0, 3, 1]], device=backend.device).expand(3, 4)
     mask = torch.tensor([True], device=backend.device).expand(3, 6)
     assert backend.mask_intersect(ranking, mask, 2).tolist() == [[0, 5]] * 3
+
+
+ODD = torch.tensor([[2, 0, 128, 0, 255, 0, 3, 0, 1, 0]], dtype=torch.uint8)
+
+
+def test_a_mask_is_bytes_that_are_zero_or_not(op):
+    """Bytes viewed as bools hold what they hold; a bool of neither value left the output unwritten."""
+    mask = ODD.view(torch.bool).to(op.device)
+    ranking = torch.arange(10).flip(0)[None].to(op.device)
+    for k in range(1, 11):
+        assert op.mask_intersect(ranking, mask, k).tolist() == [model(ranking[0].tolist(), (ODD[0] != 0).tolist(), k)]
+
+
+def test_numpy_reads_masks_alike():
+    mask = ODD.numpy().view(bool)
+    ranking = torch.arange(10).flip(0)[None]
+    for k in range(1, 11):
+        kept = script_numpy.mask_intersect(ranking.numpy(), mask, k).tolist()
+        assert kept == [model(ranking[0].tolist(), (ODD[0] != 0).tolist(), k)]
+
+
+def test_a_query_mask_is_bytes_that_are_zero_or_not(op):
+    tokens = testing.make_tokens("gaussian", 1, 30, 8, seed=1)
+    query = testing.make_tokens("gaussian", 1, 10, 8, seed=2)
+    odd, plain = ODD.view(torch.bool), ODD != 0
+    moved = [x.to(op.device) for x in (tokens, query, odd, plain)]
+    assert torch.equal(op.query_relevance(*moved[:3]), op.query_relevance(*moved[:2], moved[3]))
+    kept = [op.prune(*moved[:2], 7, query_mask=mask).tolist() for mask in moved[2:]]
+    assert kept[0] == kept[1]
+    arrays = tokens.numpy(), query.numpy(), odd.numpy()
+    assert script_numpy.prune(*arrays[:2], 7, query_mask=arrays[2]).tolist() == kept[1]

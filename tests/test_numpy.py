@@ -39,6 +39,14 @@ def test_every_function_gives_the_bits_of_its_op(batch: int, n: int, width: int,
         strict=True,
     ):
         same(got, wanted)
+    for got, wanted in zip(
+        script_numpy.bipartite_match(tokens.numpy(), 0.3), script_kernels.bipartite_match(tokens, 0.3), strict=True
+    ):
+        same(got, wanted)
+    kernel = tokens.float() @ tokens.float().mT
+    for view in (kernel, kernel.mT):
+        for got, wanted in zip(script_numpy.dpp_map(view.numpy(), k), script_kernels.dpp_map(view, k), strict=True):
+            same(got, wanted)
     ranking, gains = script_kernels.qcsp(tokens, relevance, k)
     for got, wanted in zip(script_numpy.qcsp(tokens.numpy(), relevance.numpy(), k), (ranking, gains), strict=True):
         same(got, wanted)
@@ -65,6 +73,80 @@ def test_every_function_gives_the_bits_of_its_op(batch: int, n: int, width: int,
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[], [1], [5, 0, 130, 64]])
+def test_prune_varlen_gives_the_bits_of_its_op(lengths: list[int], dtype: torch.dtype) -> None:
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    total = sum(lengths)
+    tokens = testing.make_tokens("powerlaw", 1, total, 9, dtype=dtype, seed=1)[0]
+    aligned = testing.make_tokens("clustered", 1, total, 7, dtype=dtype, seed=2)[0]
+    query = testing.make_tokens("gaussian", len(lengths), 3, 7, dtype=dtype, seed=3)
+    keep = [(n + 2) // 3 for n in lengths]
+    arrays = tokens.numpy(), starts.numpy()
+    same(script_numpy.prune_varlen(*arrays, None, keep), script_kernels.prune_varlen(tokens, starts, None, keep))
+    for options in ({}, {"combine": "restrict", "gsp_drop": 0.5, "negate": True}):
+        same(
+            script_numpy.prune_varlen(*arrays, query.numpy(), keep, aligned=aligned.numpy(), **options),
+            script_kernels.prune_varlen(tokens, starts, query, keep, aligned=aligned, **options),
+        )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_change_no_bit(batch: int) -> None:
+    """Large enough that a single image is worth several threads, too."""
+    tokens = testing.make_tokens("powerlaw", batch, 1500, 300, dtype=torch.float32, seed=1).numpy()
+    relevance = np.linspace(0.1, 1, batch * 1500, dtype=np.float32).reshape(batch, 1500)
+    starts = np.array([0, 1000, 1500], np.int32)
+    calls = [
+        lambda threads: script_numpy.query_relevance(tokens, tokens[:, :2], threads=threads),
+        lambda threads: script_numpy.bipartite_match(tokens, threads=threads),
+        lambda threads: script_numpy.gsp(tokens, 900, threads=threads),
+        lambda threads: script_numpy.qcsp(tokens, relevance, 200, threads=threads),
+        lambda threads: script_numpy.dpp_map(tokens[:, :300] @ tokens[:, :300].swapaxes(1, 2), 99, threads=threads),
+        lambda threads: script_numpy.mask_intersect(
+            np.arange(1500)[None].repeat(batch, 0), relevance > 0.5, 300, threads=threads
+        ),
+        lambda threads: script_numpy.prune(tokens, tokens[:, :2], 200, threads=threads),
+        lambda threads: script_numpy.prune_varlen(tokens[0], starts, tokens[:1, :2], [200, 60], threads=threads),
+    ]
+    for call in calls:
+        alone = call(1)
+        for threads in (2, 5):
+            for got, wanted in zip(call(threads), alone, strict=True):
+                assert np.array_equal(got, wanted)
+
+
+def test_more_threads_are_used() -> None:
+    """The process has been on more threads than one while a call with two of them ran."""
+    tokens = np.random.default_rng(0).standard_normal((2, 2048, 512)).astype(np.float32)
+    tasks = pathlib.Path("/proc/self/task")
+    if not tasks.exists():
+        pytest.skip("needs /proc")
+
+    def most(threads: int) -> int:
+        seen, done = [0], threading.Event()
+
+        def watch() -> None:
+            while not done.is_set():
+                seen.append(len(list(tasks.iterdir())))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        script_numpy.prune(tokens, None, 512, threads=threads)
+        done.set()
+        watcher.join()
+        return max(seen)
+
+    assert most(3) > most(1)
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    ranking = np.arange(8)[None].repeat(64, 0)
+    ranking[60, 3] = 99
+    with pytest.raises(ValueError, match=r"^ranking: expected distinct indices in \[0, N = 8\), got 99$"):
+        script_numpy.mask_intersect(ranking, np.ones((64, 8), bool), 2, threads=4)
+
+
 def test_bfloat16_by_ml_dtypes() -> None:
     tokens = testing.make_tokens("powerlaw", 2, 100, 33, dtype=torch.bfloat16, seed=1)
     array = tokens.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -86,6 +168,7 @@ def test_strides_and_unaligned_fields() -> None:
 
 
 X = np.zeros((2, 6, 4), np.float32)
+STARTS = np.array([0, 3, 6], np.int32)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +237,59 @@ X = np.zeros((2, 6, 4), np.float32)
             "relevance: expected shape (2, 6), got (2, 5)",
         ),
         (lambda: script_numpy.qcsp(X, np.ones((2, 6)), 2), TypeError, "relevance: expected float32, got float64"),
+        (lambda: script_numpy.gsp(X, 4, rounds=np.float64(1)), TypeError, "rounds: expected an int, got float64"),
+        (lambda: script_numpy.gsp(X, 4, rounds=1000), ValueError, "rounds: expected rounds <= 100, got 1000"),
+        (
+            lambda: script_numpy.dpp_map(np.broadcast_to(np.float32(1), (1, 2**25, 2**25)), 1),
+            ValueError,
+            f"kernel: expected sizes up to {2**24}, got (1, {2**25}, {2**25})",
+        ),
+        (
+            lambda: script_numpy.prune(np.ma.masked_array(X, X == 0), None, 2),
+            TypeError,
+            "tokens: expected a numpy.ndarray, got MaskedArray",
+        ),
+        (lambda: script_numpy.prune(X, None, 2, threads=0), ValueError, "threads: expected threads >= 1, got 0"),
+        (lambda: script_numpy.gsp(X, 4, threads=1.0), TypeError, "threads: expected an int, got float"),
+        (lambda: script_numpy.prune(X, None, 2, combine=3), TypeError, "combine: expected a str, got int"),
+        (lambda: script_numpy.bipartite_match(X, np.nan), ValueError, "threshold: expected a finite number, got nan"),
+        (lambda: script_numpy.dpp_map(X, 2), ValueError, "kernel: expected shape (B, N, N), got (2, 6, 4)"),
+        (lambda: script_numpy.dpp_map(X[:, :4], 5), ValueError, "k: expected 1 <= k <= N = 4, got 5"),
+        (
+            lambda: script_numpy.prune_varlen(X, STARTS, None, [2, 1]),
+            ValueError,
+            "tokens: expected shape (T, D) with D >= 1, got (2, 6, 4)",
+        ),
+        (
+            lambda: script_numpy.prune_varlen(X[0], STARTS.astype(np.int64), None, [2, 1]),
+            TypeError,
+            "cu_seqlens: expected int32, got int64",
+        ),
+        (
+            lambda: script_numpy.prune_varlen(X[0], STARTS, None, np.array([2, 1])),
+            TypeError,
+            "keep: expected a sequence of ints, got ndarray",
+        ),
+        (
+            lambda: script_numpy.prune_varlen(X[0], STARTS, None, [2]),
+            ValueError,
+            "keep: expected one count per segment, S = 2, got 1 counts",
+        ),
+        (
+            lambda: script_numpy.prune_varlen(X[0], STARTS[::-1], None, [2, 1]),
+            ValueError,
+            "cu_seqlens: expected a start at 0, got 6",
+        ),
+        (
+            lambda: script_numpy.prune_varlen(X[0], STARTS, None, [2, 4]),
+            ValueError,
+            "keep[1]: expected 1 <= keep[1] <= 3, the segment's length, got 4",
+        ),
+        (
+            lambda: script_numpy.prune_varlen(X[0], STARTS, X[:, :, :3], [2, 1]),
+            ValueError,
+            "query: expected shape (2 or 1, Q >= 1, 4), got (2, 6, 3)",
+        ),
         (
             lambda: script_numpy.mask_intersect(np.array([[0, 0]]), np.ones((1, 3), bool), 1),
             ValueError,

@@ -83,6 +83,8 @@ def gsp_cases(op: str) -> list[Bad]:
         Bad(op, {"gamma": -math.inf}, "gamma: expected a finite number, got -inf"),
         Bad(op, {"min_degree": -1}, "min_degree: expected min_degree >= 0, got -1"),
         Bad(op, {"rounds": 0}, "rounds: expected rounds >= 1, got 0"),
+        Bad(op, {"rounds": 101}, "rounds: expected rounds <= 100, got 101"),
+        Bad(op, {"rounds": 2**62}, f"rounds: expected rounds <= 100, got {2**62}"),
     ]
 
 
@@ -159,6 +161,34 @@ CASES = [
     Bad("prune_varlen", {"cu_seqlens": lambda x: x[:0]}, "cu_seqlens: expected shape (S + 1,), got (0,)"),
     Bad("prune_varlen", {"cu_seqlens": lambda x: x[None]}, "cu_seqlens: expected shape (S + 1,), got (1, 4)"),
     Bad("prune_varlen", {"keep": [6, 0]}, "keep: expected one count per segment, S = 3, got 2 counts"),
+]
+
+
+def giant(tensor: Tensor, dim: int, size: int = 2**31) -> Tensor:
+    """A view of stride 0 that claims `size` entries along `dim`, all of them the first."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return tensor.narrow(dim, 0, 1).expand(shape)
+
+
+SIZES = f"expected sizes up to {2**24}, got {{shape}}"
+CASES += [
+    *[
+        Bad(op, {name: lambda x, dim=dim: giant(x, dim)}, f"{name}: {SIZES}")
+        for op, name, dims in (
+            ("query_relevance", "tokens", (0, 1, 2)),
+            ("bipartite_match", "tokens", (0, 1, 2)),
+            ("gsp", "tokens", (0, 1, 2)),
+            ("qcsp", "tokens", (0, 1, 2)),
+            ("prune", "tokens", (0, 1, 2)),
+            ("prune_varlen", "tokens", (0, 1)),
+        )
+        for dim in dims
+    ],
+    Bad("dpp_map", {"kernel": lambda x: giant(giant(x, 1, 2**25), 2, 2**25)}, f"kernel: {SIZES}"),
+    Bad("mask_intersect", {"mask": lambda x: giant(x, 1)}, f"mask: {SIZES}"),
+    Bad("mask_intersect", {"ranking": lambda x: giant(x, 1)}, f"ranking: {SIZES}"),
+    Bad("query_relevance", {"query": lambda x: giant(x, 1), "query_mask": None}, "query: " + SIZES),
 ]
 
 
@@ -253,6 +283,64 @@ def test_another_device(name: str, argument: str, like: str) -> None:
     values[argument] = values[argument].to("meta")
     with pytest.raises(ValueError, match=re.escape(ELSEWHERE.format(argument, like))):
         getattr(script_kernels, name)(**values)
+
+
+DENSE = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "a nested tensor": lambda x: torch.nested.nested_tensor(list(x)),
+}
+
+
+def jagged(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor(list(x), layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "argument", "kind"),
+    [
+        (name, argument, kind)
+        for name, argument in [
+            *[(name, "tokens") for name in OPS if name not in ("dpp_map", "mask_intersect")],
+            ("dpp_map", "kernel"),
+            ("query_relevance", "query"),
+            ("prune", "aligned"),
+            ("prune_varlen", "query"),
+        ]
+        for kind in [*DENSE, "jagged"]
+        if (name, argument, kind) != ("prune_varlen", "tokens", "jagged")  # rows alone cannot be ragged
+    ],
+)
+def test_tensors_that_are_not_dense(name: str, argument: str, kind: str) -> None:
+    values = arguments(name)
+    change = DENSE.get(kind, jagged)
+    values[argument] = change(values[argument])
+    with pytest.raises(TypeError) as caught:
+        getattr(script_kernels, name)(**values)
+    assert str(caught.value) == f"{argument}: expected a dense tensor, got {kind.replace('jagged', 'a nested tensor')}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_tensor_is_named() -> None:
+    tokens = torch.quantize_per_tensor(torch.randn(1, 6, 4), 0.1, 0, torch.quint8)
+    with pytest.raises(TypeError, match=r"^tokens: expected float32, bfloat16 or float16, got quint8$"):
+        script_kernels.prune(tokens, None, 2)
+
+
+def test_what_no_round_can_reach() -> None:
+    message = (
+        "keep: 3 of N = 4000 tokens cannot be reached with rounds = {} (a round drops at most half), nor with any "
+    )
+    message += "rounds <= 100"
+    tokens = torch.zeros(1, 4000, 1)
+    for rounds in (1, 100):
+        for call, kind in ((script_kernels.gsp, ValueError), (torch.ops.script.gsp, RuntimeError)):
+            with pytest.raises(kind) as caught:
+                call(tokens, 3, rounds=rounds)
+            assert str(caught.value) == message.format(rounds)
+    assert int(script_kernels.gsp(tokens, 40, rounds=100)[0].sum()) == 40
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What the ops do to memory: every output element is written, inputs and their neighbours are left alone, nothing leaks
 from one call into the next."""
 
-from collections.abc import Iterator
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -137,6 +139,61 @@ def test_a_call_leaves_nothing_for_the_next(name: str, device: str) -> None:
                 call(other, spoiler)
             for got, want in zip(call(name, values), first, strict=True):
                 assert torch.equal(got, want), (dtype, fill)
+
+
+def heap_bytes() -> int:
+    """What malloc has handed out and not got back."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs glibc 2.33")
+
+    class MallInfo(ctypes.Structure):
+        _fields_ = [
+            (name, ctypes.c_size_t) for name in ("arena", "o", "s", "hblks", "hblkhd", "u", "f", "uord", "fo", "k")
+        ]
+
+    libc.mallinfo2.restype = MallInfo
+    info = libc.mallinfo2()
+    return int(info.uord) + int(info.hblkhd)
+
+
+def growth(call: Callable[[], Any], calls: int = 400) -> float:
+    """Bytes that a call leaves behind, by the calls after the first."""
+    for _ in range(20):
+        call()
+    gc.collect()
+    before = heap_bytes()
+    for _ in range(calls):
+        call()
+    gc.collect()
+    return (heap_bytes() - before) / calls
+
+
+def refused(name: str, values: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError):
+        getattr(torch.ops.script, name)(**values)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_call_leaves_no_memory_behind(name: str) -> None:
+    """Called as an op, so that the arguments go through the stable ABI."""
+    values = arguments(name)
+    op = getattr(torch.ops.script, name)
+    assert growth(lambda: op(**values)) < 1
+    wrong = {**values, next(iter(values)): torch.zeros(3, dtype=torch.int8)}
+    assert growth(lambda: refused(name, wrong)) < 1
+
+
+@pytest.mark.parametrize("name", ["prune", "prune_varlen"])
+def test_a_string_leaves_no_memory_behind(name: str) -> None:
+    values = arguments(name)
+    assert growth(lambda: getattr(torch.ops.script, name)(**values, combine="restrict")) < 1
+    assert growth(lambda: refused(name, {**values, "combine": "x" * 4096})) < 1
+
+
+def test_a_leak_is_seen() -> None:
+    left = []
+    assert growth(lambda: left.append(bytearray(1000))) > 1000
 
 
 @pytest.mark.parametrize("name", OPS)

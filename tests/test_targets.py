@@ -4,18 +4,16 @@ Other tests of the process may have turned Triton's interpreter on, so whatever 
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from script_kernels import targets
 
 pytest.importorskip("triton")
-
 
 ROOT = Path(targets.__file__).parents[1]
 
@@ -47,7 +45,8 @@ def test_no_kernel_is_missing_from_the_launch_tables():
     script = """
 import importlib, pkgutil
 from triton.runtime.jit import JITFunction
-from script_kernels import targets, triton as package
+from script_kernels import targets
+from script_kernels.triton import kernels as package
 compiled = {launch.kernel.__name__ for launch in targets.collect()}
 written = {
     name
@@ -68,13 +67,14 @@ def test_prune_takes_six_launches():
 from types import SimpleNamespace
 import torch
 from script_kernels import targets
-from script_kernels.triton import prune
+from script_kernels.options import PruneOptions
+from script_kernels.triton.kernels import plan
 from script_kernels.triton.prune import launch_prune
 from script_kernels.triton.prune_varlen import launch_prune_varlen
 
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-plan_greedy = prune.plan_greedy
-prune.plan_greedy = lambda device, *sizes, **options: plan_greedy(torch.device("cuda"), *sizes, **options)
+plan_greedy = plan.plan_greedy
+plan.plan_greedy = lambda device, *sizes, **options: plan_greedy(torch.device("cuda"), *sizes, **options)
 
 
 def count(call):
@@ -88,12 +88,12 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 query, aligned = empty(1, 20, 768), empty(32, 576, 768)
-print(count(lambda: launch_prune(empty(1, 576, 4096), empty(1, 20, 4096), 64)))
-print(count(lambda: launch_prune(empty(8, 1024, 1024), empty(8, 20, 1024), 128)))
-print(count(lambda: launch_prune(empty(32, 576, 1024), query, 64, aligned, combine="restrict")))
-print(count(lambda: launch_prune(empty(1, 576, 4096), None, 64)))
+print(count(lambda: launch_prune(empty(1, 576, 4096), empty(1, 20, 4096), 64, PruneOptions())))
+print(count(lambda: launch_prune(empty(8, 1024, 1024), empty(8, 20, 1024), 128, PruneOptions())))
+print(count(lambda: launch_prune(empty(32, 576, 1024), query, 64, PruneOptions(combine="restrict"), aligned=aligned)))
+print(count(lambda: launch_prune(empty(1, 576, 4096), None, 64, PruneOptions())))
 bounds = empty(6, dtype=torch.int32)
-print(count(lambda: launch_prune_varlen(empty(2880, 4096), bounds, empty(5, 20, 4096), [32] * 5)))
+print(count(lambda: launch_prune_varlen(empty(2880, 4096), bounds, empty(5, 20, 4096), [32] * 5, PruneOptions())))
 """
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
@@ -140,10 +140,10 @@ for call, name in (
     (lambda: wide_kernel[(1,)](half, x, BLOCK=256, num_warps=16, num_stages=3), "sm_86"),
     (lambda: broken_kernel[(1,)](x, x, BLOCK=64), "sm_90"),
 ):
-    with targets.recording("bad") as take:
+    with targets.recording("bad", name) as take:
         call()
         (launch,) = take("only")
-    print(*targets.compile_launch(launch, name).problems)
+    print(*targets.compile_launch(launch).problems)
 """
 
 
@@ -167,35 +167,102 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def test_arguments_are_specialised_as_at_run_time():
-    names = {"p_x": False, "one": False, "aligned": False, "odd": False, "free": True, "free_one": True, "scale": False}
-    parameters = [SimpleNamespace(name=n, is_constexpr=False, do_not_specialize=free) for n, free in names.items()]
-    parameters.append(SimpleNamespace(name="BLOCK", is_constexpr=True, do_not_specialize=False))
-    signature, constants, attributes = targets.describe(
-        SimpleNamespace(params=parameters),
-        {
-            "p_x": torch.empty(0, dtype=torch.bfloat16),
-            "one": 1,
-            "aligned": 64,
-            "odd": 2**40 + 1,
-            "free": 32,
-            "free_one": 1,
-            "scale": 1.0,
-            "BLOCK": 16,
-        },
+STORM = """
+from script_kernels import targets
+from script_kernels.options import PruneOptions
+from script_kernels.triton.prune import launch_prune
+from script_kernels.triton.prune_varlen import launch_prune_varlen
+import torch
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def kernels(calls):
+    with targets.recording("traffic") as take:
+        for call in calls:
+            call()
+        return len({launch.key for launch in take("")})
+
+
+sizes = [*range(1, 20), 33, 64, 100, 144, 256, 333, 400, 513, 576, 577, 729, 784, 1000, 1024, 1025, 1369, 2048]
+sizes += [2880, 6000]
+images = [(b, n, keep) for b in (1, 2, 3, 5, 8, 32) for n in sizes for keep in {1, -(-n // 9), n // 3 or 1}]
+for share in (1, 2):
+    print(kernels(
+        lambda b=b, n=n, keep=keep: launch_prune(
+            empty(b, n, 4096), empty(1 + (b - 1) % share, 20 + n % 7, 4096), keep, PruneOptions()
+        )
+        for b, n, keep in images
+    ))
+packed = [(s, t) for s in (1, 2, 5, 16, 33, 64) for t in sizes if t >= s]
+print(kernels(
+    lambda s=s, t=t: launch_prune_varlen(
+        empty(t, 4096), empty(s + 1, dtype=torch.int32), empty(1, 20, 4096), [t // s // 9 or 1] * s, PruneOptions()
     )
-    assert signature == {
-        "p_x": "*bf16",
-        "one": "constexpr",
-        "aligned": "i32",
-        "odd": "i64",
-        "free": "i32",
-        "free_one": "i32",
-        "scale": "fp32",
-        "BLOCK": "constexpr",
-    }
-    assert constants == {(1,): 1, (7,): 16}
-    assert set(attributes) == {(0,), (2,)}
+    for s, t in packed
+))
+"""
+
+
+def test_no_traffic_compiles_more_than_twelve_kernels():
+    """Every compilation is a stall of seconds in a server: batches, lengths and counts of all kinds, one model."""
+    done = run("-c", STORM)
+    assert done.returncode == 0, done.stderr
+    counts = [int(line) for line in done.stdout.split()]
+    assert len(counts) == 3
+    assert max(counts) <= 12, counts
+    assert min(counts) >= 6, counts
+
+
+def test_the_run_time_finds_what_was_compiled():
+    """`targets` fills Triton's cache for the kernels that the run time will ask for: same source, same options."""
+    script = """
+import triton.compiler
+from triton.runtime.driver import driver
+from script_kernels import targets
+from script_kernels.triton.tables import LAUNCHES
+
+class Compiled:
+    function = packed_metadata = None
+    def launch_metadata(self, *arguments): pass
+    def run(self, *arguments): pass
+
+def compile(source, target, options, **_):
+    asked.add((source.hash(), str(target), str(options)))
+    return Compiled()
+
+asked = set()
+ours = {
+    (triton.compiler.ASTSource(x.kernel, x.signature, x.constants, x.attributes).hash(),
+     str(targets.gpu_target(x.target)), str(x.options.__dict__))
+    for x in targets.collect(["prune"])
+}
+triton.compiler.compile = compile
+for launch in targets.collect(["prune"]):
+    launch.kernel.device_caches.clear()
+driver._active = targets.Driver("sm_90")
+for group, _, call in LAUNCHES:
+    if group == "prune":
+        call()
+assert len(ours) > 6 and asked == ours, (len(asked), len(ours), len(asked & ours))
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_launch_fixes_the_fusion_of_products_and_sums():
+    """Its default changes with Triton's version, and with it bits; `launch` is the one place that launches."""
+    script = """
+from script_kernels import targets
+print({launch.options.enable_fp_fusion for launch in targets.collect()})
+"""
+    done = run("-c", script)
+    assert done.stdout == "{True}\n", done.stderr
+    folder = ROOT / "script_kernels" / "triton"
+    launched = [p.name for p in folder.rglob("*.py") if re.search(r"\w+\[\(", p.read_text())]
+    assert launched == ["layout.py"]
 
 
 def test_unreadable_metadata_is_an_error():

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import script_kernels
 from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inputs, script_pruning
-from script_kernels.transformers.models import encode
+from script_kernels.transformers.encode import encode
 from script_kernels.transformers.query import user_columns
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}

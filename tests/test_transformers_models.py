@@ -17,7 +17,7 @@ from tiny_vlm import (
 )
 
 from script_kernels.transformers import prune_inputs
-from script_kernels.transformers.models import encode
+from script_kernels.transformers.encode import encode
 
 ALL = 10**6
 CASES = [(family, "image") for family in IMAGE_FAMILIES] + [(family, "video") for family in VIDEO_FAMILIES]

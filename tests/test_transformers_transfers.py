@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from script_kernels.transformers import PrunedInputs, prune_inputs
-from script_kernels.transformers.models import encode
+from script_kernels.transformers.encode import encode
 
 aten = torch.ops.aten
 CPU, AWAY = torch.device("cpu"), torch.device("meta")  # any other device would do: nothing is ever put there

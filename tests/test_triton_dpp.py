@@ -12,10 +12,13 @@ from test_dpp import assert_greedy, bad_tokens, scattered_copies
 from triton_interpreter import DEVICE, quiet
 
 from script_kernels import reference, testing
-from script_kernels.triton.dpp_map import launch_dpp_map, launch_greedy, plan_greedy
-from script_kernels.triton.kernel_matrix import launch_kernel_matrix
+from script_kernels.triton.dpp_map import launch_dpp_map
+from script_kernels.triton.kernels.greedy import launch_greedy
+from script_kernels.triton.kernels.layout import Layout
+from script_kernels.triton.kernels.pairs import launch_pairs
+from script_kernels.triton.kernels.plan import Stage, plan_greedy
+from script_kernels.triton.kernels.rows import launch_rows
 from script_kernels.triton.qcsp import launch_qcsp
-from script_kernels.triton.tokens import launch_token_pass, launch_token_stats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUTES = {
@@ -184,6 +187,39 @@ def test_empty_batch(matrix_free):
     assert launch_dpp_map(torch.empty(0, 10, 10, device=DEVICE), 3)[0].shape == (0, 3)
 
 
+@routes
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 1030, 5000])
+def test_equal_tokens_go_by_relevance(route, dtype, width):
+    """Whatever rounding does over that many columns: one pick takes all their variance."""
+    n = 150 if width < 5000 else 40
+    relevance = testing.make_relevance(1, n) + 0.01
+    rows = 0.1 * torch.ones(2, width) + torch.tensor([[0.0], [1.0]]) * torch.randn(
+        width, generator=torch.Generator().manual_seed(1)
+    )
+    for row in rows.to(dtype):
+        indices, gains = launch_qcsp(row.expand(1, n, width).to(DEVICE), relevance.to(DEVICE), 12, **route)
+        assert indices[0].tolist() == relevance[0].argsort(descending=True, stable=True)[:12].tolist()
+        assert (gains[0, 1:] == 0).all()
+
+
+@routes
+@pytest.mark.parametrize("scale", [1.0, 2.0**64, 2.0**-70, 1e38])
+def test_relevance_of_any_finite_size(route, scale):
+    """No square overflows or vanishes: only NaN and Inf are bad."""
+    tokens = torch.eye(6)[None]
+    relevance = torch.tensor([[1.0, 2.0, 1.5, 3.0, float("nan"), 0.5]]) * scale
+    indices, gains = launch_qcsp(tokens.to(DEVICE), relevance.to(DEVICE), 6, **route)
+    assert indices.tolist() == [[3, 1, 2, 0, 5, 4]]
+    expected = torch.tensor([[9.0, 4.0, 2.25, 1.0, 0.25, 0.0]]).double() * (scale * scale)
+    torch.testing.assert_close(gains.cpu(), expected.float())
+
+
+def test_one_huge_relevance_is_picked_first():
+    indices, _ = launch_qcsp(torch.eye(4, device=DEVICE)[None], torch.tensor([[1, 2, 1e20, 3]], device=DEVICE), 4)
+    assert indices.tolist() == [[2, 3, 1, 0]]
+
+
 # --- the same bits whatever the dispatch
 
 
@@ -214,7 +250,7 @@ def test_dispatch_keeps_waiting_programs_resident(monkeypatch):
         for n in (1, 64, 576, 1024, 1025, 2880, 8192, 20000, 300_000):
             for k in {1, min(n, 64), min(n, 640)}:
                 for features in (False, True):
-                    plan = plan_greedy(device, batch, n, k, features=features)
+                    plan = plan_greedy(device, Layout(batch, n), k, features=features)
                     assert plan.slots * plan.columns >= n
                     assert plan.total == batch * plan.slots
                     assert plan.grid == (plan.slots > 1)
@@ -227,37 +263,35 @@ def test_dispatch_keeps_waiting_programs_resident(monkeypatch):
 
 def test_dispatch_of_the_sizes_that_matter(monkeypatch):
     device = h100(monkeypatch)
-    one = plan_greedy(device, 32, 576, 64)
+    one = plan_greedy(device, Layout(32, 576), 64)
     assert (one.columns, one.total, one.grid, one.images) == (1024, 32, False, 32)
-    many = plan_greedy(device, 1, 2880, 320)
+    many = plan_greedy(device, Layout(1, 2880), 320)
     assert (many.columns, many.total, many.grid, many.resident) == (64, 45, True, True)
-    assert plan_greedy(device, 1, 8192, 640).total == 128
-    packed = plan_greedy(device, 5, 2880, 64, varlen=True)
+    assert plan_greedy(device, Layout(1, 8192), 640).total == 128
+    packed = plan_greedy(device, Layout(5, 2880, torch.zeros(6, dtype=torch.int32)), 64)
     assert packed.total == 2880 // packed.columns + 5 <= 132
 
 
 def test_no_waiting_where_nothing_is_known_of_the_device():
-    plan = plan_greedy(torch.device("cpu"), 2, 5000, 64)
+    plan = plan_greedy(torch.device("cpu"), Layout(2, 5000), 64)
     assert plan.grid
     assert not plan.resident
-    assert not plan_greedy(torch.device("cpu"), 2, 2048, 640).grid
+    assert not plan_greedy(torch.device("cpu"), Layout(2, 2048), 640).grid
 
 
 # --- tiers, early end, packed segments: what prune asks for
 
 
-def greedy_arguments(tokens, relevance, k, *, matrix_free, columns, cu_seqlens=None, width=0):
+def greedy_arguments(tokens, relevance, k, *, matrix_free, columns, cu_seqlens=None, width=None, above=0, upto=None):
     """The arguments of `launch_greedy` that qcsp would pass."""
-    segments, n = (len(cu_seqlens) - 1, len(tokens)) if cu_seqlens is not None else tokens.shape[:2]
-    varlen = cu_seqlens is not None
-    plan = plan_greedy(tokens.device, segments, n, k, features=matrix_free, columns=columns, varlen=varlen)
-    inv_norm, scale, _, _ = launch_token_pass(tokens, cu_seqlens=cu_seqlens)
-    arguments = {"tokens": tokens, "inv_norm": inv_norm, "scale": scale, "cu_seqlens": cu_seqlens}
-    if not matrix_free:
-        arguments["kernel"] = launch_kernel_matrix(
-            tokens, relevance, inv_norm, scale, cu_seqlens=cu_seqlens, width=width
-        )
-    return (relevance, k, plan, plan.slot_buffer(tokens.device).zero_()), arguments
+    layout = Layout.of(tokens, cu_seqlens)
+    plan = plan_greedy(tokens.device, layout, k, features=matrix_free, columns=columns)
+    slots = torch.zeros(plan.keys(), dtype=torch.int64, device=tokens.device)
+    stage = Stage(plan, slots, matrix_free, above, layout.n if upto is None else upto)
+    rows = launch_rows(tokens, layout)
+    pairs = None if matrix_free else launch_pairs(tokens, layout, rows, relevance, width=width)
+    sources = {} if pairs is None else {"kernel": pairs.kernel, "own": pairs.own}
+    return (layout, relevance, k, stage, rows), {"tokens": tokens, **sources}
 
 
 @routes
@@ -312,7 +346,7 @@ def test_ranking_ends_once_enough_picks_are_counted(route):
     counted = torch.rand(2, 140, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.6
     positional, arguments = greedy_arguments(tokens, relevance, 14, **route)
     whole, whole_gains = launch_greedy(*positional, **arguments)
-    positional[3].zero_()
+    positional[3].slots.zero_()
     indices, gains = launch_greedy(*positional, **arguments, stop=counted, need=4)
     for b in range(2):
         end = int((counted[b, whole[b]].cumsum(0) == 4).int().argmax()) + 1
@@ -368,8 +402,8 @@ def test_long_segments_are_left_to_the_matrix_free_launch():
     out = None
     for matrix_free, columns, span in ((False, 64, {"upto": 64}), (True, 512, {"above": 64})):
         options = {"matrix_free": matrix_free, "columns": columns, "cu_seqlens": cu_seqlens, "width": 64}
-        positional, arguments = greedy_arguments(tokens, relevance, 6, **options)
-        out = launch_greedy(*positional, **arguments, limits=limits, **span, out=out)
+        positional, arguments = greedy_arguments(tokens, relevance, 6, **options, **span)
+        out = launch_greedy(*positional, **arguments, limits=limits, out=out)
     for s, start in enumerate([0, 40, 140, 204]):
         own = slice(start, start + lengths[s])
         alone = launch_qcsp(tokens[None, own], relevance[None, own], 6, matrix_free=lengths[s] > 64, columns=None)
@@ -380,5 +414,5 @@ def test_long_segments_are_left_to_the_matrix_free_launch():
 def test_statistics_mark_bad_and_zero_rows():
     """What the greedy kernel takes from the row statistics."""
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [float("nan"), 1.0], [3.0, 4.0]]], device=DEVICE)
-    inv_norm, _ = launch_token_stats(tokens)
-    torch.testing.assert_close(inv_norm.cpu(), torch.tensor([[1.0, 0.0, -1.0, 0.2]]))
+    inv_norm = launch_rows(tokens, Layout.of(tokens)).inv_norm
+    torch.testing.assert_close(inv_norm.cpu(), torch.tensor([1.0, 0.0, -1.0, 0.2]))

@@ -5,10 +5,19 @@ import torch
 from triton_interpreter import DEVICE, quiet
 
 from script_kernels import testing
-from script_kernels.triton.kernel_matrix import launch_kernel_matrix
+from script_kernels.triton.kernels.layout import Layout
+from script_kernels.triton.kernels.pairs import launch_pairs
+from script_kernels.triton.kernels.rows import launch_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = quiet
+
+
+def launch_kernel_matrix(tokens, relevance, cu_seqlens=None, **options):
+    """L alone, from tokens and their relevance."""
+    layout = Layout.of(tokens, cu_seqlens)
+    kernel = launch_pairs(tokens, layout, launch_rows(tokens, layout), relevance, **options)[1]
+    return kernel[..., : options.get("width", layout.n)]
 
 
 def assert_kernel_matrix(tokens, relevance):

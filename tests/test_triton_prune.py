@@ -9,9 +9,9 @@ import torch
 from triton_interpreter import BACKEND, DEVICE, quiet
 
 from script_kernels import reference, testing
-from script_kernels.triton import prune as prune_module
-from script_kernels.triton.prune import launch_intersect, launch_prune
-from script_kernels.triton.prune_varlen import launch_prune_varlen, place_counts
+from script_kernels.triton.kernels import layout
+from script_kernels.triton.kernels.choose import launch_intersect, launch_place
+from script_kernels.triton.kernels.layout import Layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = quiet
@@ -34,13 +34,13 @@ def test_against_the_composition_of_the_launchers(case):
 def test_shapes(n, keep, dtype, combine):
     tokens = testing.make_tokens("gaussian", 2, n, 20, dtype=dtype, device=DEVICE)
     query = testing.make_query(1, 3, 20, dtype=dtype, device=DEVICE)
-    kept = launch_prune(tokens, query, keep, combine=combine)
+    kept = BACKEND.prune(tokens, query, keep, combine=combine)
     test_prune.assert_selection(kept, 2, n, keep)
 
 
 def test_full_size():
     tokens, query = testing.make_tokens("photo", 1, 577, 24), testing.make_query(1, 3, 24)
-    kept = launch_prune(tokens.to(DEVICE), query.to(DEVICE), 5)
+    kept = BACKEND.prune(tokens.to(DEVICE), query.to(DEVICE), 5)
     assert torch.equal(kept.cpu(), reference.prune(tokens, query, 5, dtype=torch.float64))
 
 
@@ -49,7 +49,7 @@ def test_full_size():
 def test_adversarial(name, combine):
     """The ranking of 40 tokens holds a bad one only if there are not as many others."""
     tokens = testing.adversarial_tokens(name, 2, 70, 12)
-    kept = launch_prune(tokens.to(DEVICE), testing.make_query(1, 2, 12).to(DEVICE), 20, combine=combine).cpu()
+    kept = BACKEND.prune(tokens.to(DEVICE), testing.make_query(1, 2, 12).to(DEVICE), 20, combine=combine).cpu()
     test_prune.assert_selection(kept, 2, 70, 20)
     good = torch.isfinite(tokens).all(-1)
     assert name == "all_bad" or (good.sum(1) >= 40).all()
@@ -68,22 +68,22 @@ def test_aligned_rows_give_the_relevance_and_make_tokens_bad():
     query = testing.make_query(1, 2, 9)
     for combine in ("intersect", "restrict"):
         expected = reference.prune(tokens, query, 10, aligned=aligned, combine=combine, dtype=torch.float64)
-        kept = launch_prune(tokens.to(DEVICE), query.to(DEVICE), 10, aligned.to(DEVICE), combine=combine)
+        kept = BACKEND.prune(tokens.to(DEVICE), query.to(DEVICE), 10, aligned=aligned.to(DEVICE), combine=combine)
         assert torch.equal(kept.cpu(), expected)
         spoilt = aligned.clone()
         spoilt[0, expected[0, :5], 3] = float("inf")
-        kept = launch_prune(tokens.to(DEVICE), query.to(DEVICE), 12, spoilt.to(DEVICE), combine=combine).cpu()
+        kept = BACKEND.prune(tokens.to(DEVICE), query.to(DEVICE), 12, aligned=spoilt.to(DEVICE), combine=combine).cpu()
         assert not set(kept[0].tolist()) & set(expected[0, :5].tolist())
 
 
 def test_an_image_alone_keeps_what_it_keeps_in_a_batch():
     tokens = testing.make_tokens("photo", 3, 80, 30, device=DEVICE)
-    batch = launch_prune(tokens, None, 20)
-    assert torch.equal(launch_prune(tokens[1:2], None, 20)[0], batch[1])
+    batch = BACKEND.prune(tokens, None, 20)
+    assert torch.equal(BACKEND.prune(tokens[1:2], None, 20)[0], batch[1])
 
 
 def test_empty_batch():
-    assert launch_prune(torch.empty(0, 9, 4, device=DEVICE), None, 3).shape == (0, 3)
+    assert BACKEND.prune(torch.empty(0, 9, 4, device=DEVICE), None, 3).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -91,13 +91,13 @@ def test_without_a_kernel_matrix(monkeypatch, dense):
     """Images above WIDEST, lowered here, take their kernel rows from the tokens; packed ones of both kinds may mix."""
     tokens = testing.make_tokens("clustered", 1, 150, 20)
     query = testing.make_query(1, 3, 20)
-    monkeypatch.setattr(prune_module, "WIDEST", 70)
+    monkeypatch.setattr(layout, "WIDEST", 70)
     if dense:
-        kept = launch_prune(tokens.to(DEVICE), query.to(DEVICE), 12)
+        kept = BACKEND.prune(tokens.to(DEVICE), query.to(DEVICE), 12)
         assert torch.equal(kept.cpu(), reference.prune(tokens, query, 12, dtype=torch.float64))
     else:
         bounds = torch.tensor([0, 90, 150], dtype=torch.int32)
-        kept = launch_prune_varlen(tokens[0].to(DEVICE), bounds.to(DEVICE), query.to(DEVICE), [12, 7])
+        kept = BACKEND.prune_varlen(tokens[0].to(DEVICE), bounds.to(DEVICE), query.to(DEVICE), [12, 7])
         expected = reference.prune_varlen(tokens[0], bounds, query, [12, 7], dtype=torch.float64)
         assert torch.equal(kept.cpu(), expected)
 
@@ -110,13 +110,13 @@ def test_intersection(share):
     generator = torch.Generator().manual_seed(3)
     ranking = torch.stack([torch.randperm(1300, generator=generator)[:1100] for _ in range(2)])
     mask = torch.rand(2, 1300, generator=generator) < share
-    kept = launch_intersect(ranking.to(DEVICE), mask.to(DEVICE), 1300, 400, 800)
+    kept = launch_intersect(ranking.to(DEVICE), Layout(2, 1300), mask.to(DEVICE), 400, 800)
     assert torch.equal(kept.view(2, 400).cpu(), reference.mask_intersect(ranking, mask, 400))
 
 
 def test_intersection_without_a_mask_sorts():
     ranking = torch.tensor([[5, 1, 4, -1], [0, 3, 2, -1]], device=DEVICE)
-    assert launch_intersect(ranking, None, 6, 3, 6).tolist() == [1, 4, 5, 0, 2, 3]
+    assert launch_intersect(ranking, Layout(2, 6), None, 3, 6).tolist() == [1, 4, 5, 0, 2, 3]
 
 
 # --- packed segments
@@ -142,13 +142,24 @@ def test_varlen_of_a_strided_and_of_an_empty_batch():
     tokens = testing.make_tokens("clustered", 1, 60, 48, device=DEVICE)[0, :, ::2]
     test_prune_varlen.assert_varlen(BACKEND, tokens, [20, 40], None, [5, 9])
     bounds = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    assert launch_prune_varlen(tokens[:0], bounds, None, [0, 0, 0]).shape == (0,)
-    assert launch_prune_varlen(tokens[:0], bounds[:1], None, []).shape == (0,)
+    assert BACKEND.prune_varlen(tokens[:0], bounds, None, [0, 0, 0]).shape == (0,)
+    assert BACKEND.prune_varlen(tokens[:0], bounds[:1], None, []).shape == (0,)
 
 
 @pytest.mark.parametrize("oversample", [1.0, 1.1, 2.0, 1e30])
 def test_counts_reach_the_device(oversample):
     keep = [3 * i % 101 for i in range(70)]
-    counts, limits = place_counts(keep, oversample, 150, torch.device(DEVICE))
+    bounds = torch.arange(142, dtype=torch.int32, device=DEVICE)[::2]
+    counts, limits, sound = launch_place(keep, bounds, oversample, 150)
     assert counts.tolist() == keep
     assert limits.tolist() == [min(150, math.ceil(oversample * k)) for k in keep]
+    assert torch.equal(sound, bounds)
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
+def test_bounds_become_sound_whatever_they_are(count):
+    generator = torch.Generator().manual_seed(count)
+    bounds = torch.randint(-50, 200, (count + 1,), generator=generator, dtype=torch.int32)
+    bounds[::7] = torch.tensor([2**31 - 1, -(2**31), 150])[torch.arange(len(bounds[::7])) % 3]
+    sound = launch_place([1] * count, bounds.to(DEVICE), 2.0, 150)[2].cpu()
+    assert torch.equal(sound, bounds.cummax(0).values.clamp(0, 150))

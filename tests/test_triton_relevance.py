@@ -5,14 +5,21 @@ import torch
 from triton_interpreter import DEVICE, quiet
 
 from script_kernels import reference, testing
+from script_kernels.triton.kernels.layout import Layout
+from script_kernels.triton.kernels.rows import launch_rows
 from script_kernels.triton.query_relevance import launch_query_relevance
-from script_kernels.triton.tokens import launch_token_pass, launch_token_stats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = quiet
 
 
 # --- row statistics
+
+
+def launch_token_stats(tokens):
+    """Inverse norms and scales (B, N)."""
+    rows = launch_rows(tokens, Layout.of(tokens))
+    return rows.inv_norm.view(tokens.shape[:2]), rows.scale.view(tokens.shape[:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,7 +57,7 @@ def test_packed_rows_have_the_bits_of_dense_ones():
     lengths = [3, 0, 1, 17, 0, 8, 5]
     tokens = testing.make_tokens("gaussian", 1, sum(lengths), 40, device=DEVICE)[0]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    packed = launch_token_pass(tokens, cu_seqlens=bounds)[0]
+    packed = launch_rows(tokens, Layout.of(tokens, bounds)).inv_norm
     assert torch.equal(packed, launch_token_stats(tokens[None])[0][0])
 
 

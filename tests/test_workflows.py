@@ -42,7 +42,7 @@ def test_commands_are_of_this_repository(path: pathlib.Path) -> None:
         assert "${{" not in command, command
         subprocess.run([shutil.which("bash") or "sh", "-n", "-c", command], check=True)
     targets = [target for command in commands for target in re.findall(r"(?:^|&& )make ([a-z-]+)", command)]
-    assert targets
+    assert targets or any("cibuildwheel" in command for command in commands)
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     assert all((ROOT / test).is_file() for test in re.findall(r"tests/\w+\.py", path.read_text()))
 

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "common/op_checks.hpp"
+#include "faces/torch_checks.hpp"
 
 namespace script {
 namespace {
@@ -26,7 +26,7 @@ Tensor mask_intersect_cuda(const Tensor& ranking, const Tensor& mask, int64_t k)
 
   cuda::MaskIntersectArgs args = {};
   args.ranking = static_cast<const int64_t*>(ranking.const_data_ptr());
-  args.mask = static_cast<const bool*>(mask.const_data_ptr());
+  args.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
   args.out = static_cast<int64_t*>(out.mutable_data_ptr());
   args.tokens = mask.size(1);
   args.length = ranking.size(1);

@@ -27,7 +27,7 @@ namespace script::cuda {
 
 struct MaskIntersectArgs {
   const int64_t* ranking;
-  const bool* mask;
+  const uint8_t* mask;  // what is not 0 is true
   int64_t* out;
   int64_t tokens;
   int64_t length;
@@ -64,7 +64,7 @@ struct BlockSum {
 
 struct Image {
   const int64_t* ranking;
-  const bool* mask;
+  const uint8_t* mask;  // what is not 0 is true
   int64_t* out;
 };
 
@@ -117,7 +117,7 @@ class BlockScan {
 
 static __device__ Entry classify(const MaskIntersectArgs& args, const Image& image, int64_t token) {
   if (token < 0 || token >= args.tokens) return Entry::kInvalid;
-  return image.mask[token * args.mask_stride[1]] ? Entry::kMember : Entry::kOther;
+  return image.mask[token * args.mask_stride[1]] != 0 ? Entry::kMember : Entry::kOther;
 }
 
 // Where the first `wanted` entries of class `entry` end.

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .models import MROPE, check_model, encode
+from .encode import encode
+from .families import family_of
 
 
 class DemoFeatures(NamedTuple):
@@ -33,7 +34,7 @@ def demo_features(model_path: str, image: Any, text: str) -> DemoFeatures:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(model_path).eval()
-    kind = check_model(model)
+    family = family_of(model)
     processor = AutoProcessor.from_pretrained(model_path)
     image = image.convert("RGB")
     side = min(image.size)
@@ -43,15 +44,15 @@ def demo_features(model_path: str, image: Any, text: str) -> DemoFeatures:
     if words.shape[1] == 0:
         raise ValueError(f"text: expected at least one word, got {text!r}")
     placeholder = getattr(processor, "image_token", "<image>")
-    if kind in MROPE:
+    if family.has_mrope(model):
         placeholder = f"<|vision_start|>{placeholder}<|vision_end|>"
     inputs = processor(images=image, text=f"{placeholder}\n{text}", return_tensors="pt")
     with torch.no_grad():
         (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
         query = model.get_input_embeddings()(words[0])
     tokens = visual.features
-    if kind not in MROPE:
+    if not family.has_mrope(model):
         # The base view comes first, InternVL's thumbnail of the whole picture last.
-        view = int(visual.tile.max()) if kind == "internvl" else 0
+        view = int(visual.tile.max()) if model.config.model_type == "internvl" else 0
         tokens = tokens[(visual.tile == view) & ~visual.newline]
     return DemoFeatures(tokens, query.to(tokens.dtype), image)

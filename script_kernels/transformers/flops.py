@@ -20,7 +20,8 @@ def prefill_flops(config: Any, tokens: int, *, causal: bool = True) -> int | Non
 
     Two per multiply-add: the query, key, value and output projections, the two attention products (half of them with
     `causal`, since the upper triangle need not be computed), the gated MLP's three matrices, and the head on the last
-    token. Norms, rotary embedding and softmax are left out. None for mixture-of-experts language models.
+    token. Norms, rotary embedding and softmax are left out. None for mixture-of-experts language models and
+    for layers other than full attention.
     """
     return flops_of_lengths(config.get_text_config(), [tokens], causal=causal)[0]
 
@@ -28,6 +29,10 @@ def prefill_flops(config: Any, tokens: int, *, causal: bool = True) -> int | Non
 def flops_of_lengths(text: Any, lengths: Sequence[int], *, causal: bool = True) -> list[int | None]:
     """`prefill_flops` of prompts of several lengths, from the text config, whose slow attributes are read once."""
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return [None] * len(lengths)
+    sizes = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "intermediate_size")]
+    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}  # windows, state spaces, convolutions
+    if other or not all(isinstance(size, int) for size in sizes):
         return [None] * len(lengths)
     hidden, layers = text.hidden_size, text.num_hidden_layers
     query, key = _widths(text)

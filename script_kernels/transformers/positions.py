@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .models import MROPE, parameters, token_id
+from .families import family_of, parameters, token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def full_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Positions that the unpruned prompt would get: (1, B, S) or, for mRoPE, (3, B, S); 0 on padding."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    if model.config.model_type not in MROPE:
+    if not family_of(model).has_mrope(model):
         return _text_positions(mask)[None]
     types = inputs.get("mm_token_type_ids")
     if types is None:  # the processor's rule: 1 on image placeholders, 2 on video placeholders
@@ -25,6 +25,7 @@ def full_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     rope_index = model.base_model.get_rope_index
     names = parameters(rope_index)
     known = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": mask}
+    known = {name: value for name, value in known.items() if name in names}
     extra = {name: inputs[name] for name in names if name in inputs and name not in known}
     return rope_index(**known, **extra)[0]
 
@@ -43,7 +44,7 @@ def pruned_positions(
     """
     text = _text_positions(mask)
     if renumber:
-        if model.config.model_type not in MROPE:
+        if not family_of(model).has_mrope(model):
             return text, None
         return text.expand(4, *text.shape).contiguous(), torch.zeros_like(text[:, :1])
     full = full_positions(model, inputs)

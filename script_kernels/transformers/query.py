@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .models import send, text_config
+from .device import execution_device, send
+from .families import family_of, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ def user_columns(ids: list[int], visual: set[int], model: PreTrainedModel, token
         return [i for i in range(start, stop) if ids[i] not in special and words.decode([ids[i]]).strip()]
     places = [i for i, token in enumerate(ids) if token in visual]
     first, last = places[0], places[-1]
-    if model.config.model_type == "internvl":  # its configs do not name the <img> and </img> around each image
+    if family_of(model).marked:  # no config names the ids around each image, such as <img> and </img>
         special |= {ids[i] for i in (first - 1, last + 1) if 0 <= i < len(ids)}
     stop = next((i for i in range(last + 1, len(ids)) if ids[i] in ends), len(ids))
     columns = [i for i in range(last + 1, stop) if ids[i] not in special]
@@ -116,5 +117,5 @@ def text_query(model: PreTrainedModel, ids: Tensor, visual: set[int], *, mean: b
     if not columns:
         raise ValueError("query: expected text of the user in every prompt, got none; pass query=None or a tensor")
     embeddings = model.get_input_embeddings()
-    words = embeddings(send(torch.tensor([short[i] for i in columns]), embeddings.weight.device))
+    words = embeddings(send(torch.tensor([short[i] for i in columns]), execution_device(embeddings)))
     return words.mean(0, keepdim=True) if mean else words

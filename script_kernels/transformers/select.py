@@ -13,7 +13,8 @@ from torch import Tensor
 
 from script_kernels import prune, prune_varlen, query_relevance
 
-from .models import Visual, send
+from .device import send
+from .layouts import Visual
 
 OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds")
 UNITS = ("image", "tile", "request")

@@ -6,11 +6,11 @@ step computes the one row of L that it needs from the tokens, spread over the pr
 
 import torch
 
-from .dpp_map import launch_greedy, plan_greedy
-from .kernel_matrix import launch_kernel_matrix
-from .tokens import launch_token_stats
-
-WIDEST = 8192  # L of a longer image is not kept in memory
+from .kernels.greedy import launch_greedy
+from .kernels.layout import Layout
+from .kernels.pairs import launch_pairs
+from .kernels.plan import plan_stages
+from .kernels.rows import launch_rows, launch_unit
 
 
 def launch_qcsp(
@@ -23,18 +23,16 @@ def launch_qcsp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy ranking of (B, N, D) tokens with (B, N) fp32 relevance: indices (B, k) int64, gains (B, k) fp32.
 
-    Three launches, whatever k and B, where all programs fit on the device. `matrix_free` and `columns` override the
+    Four launches, whatever k and B, where all programs fit on the device. `matrix_free` and `columns` override the
     dispatch; rows from L and rows from the tokens differ in rounding.
     """
-    batch, n, _ = tokens.shape
-    if matrix_free is None:
-        matrix_free = n > WIDEST
-    plan = plan_greedy(tokens.device, batch, n, k, features=matrix_free, columns=columns)
-    slots = plan.slot_buffer(tokens.device)
-    inv_norm, scale = launch_token_stats(tokens)
-    kernel = None
-    if matrix_free:
-        slots.zero_()
+    layout = Layout.of(tokens)
+    (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
+    relevance, unit = launch_unit(relevance, layout)
+    rows = launch_rows(tokens, layout)
+    kernel, own = None, None
+    if stage.features:
+        clear.zero_()
     else:
-        kernel = launch_kernel_matrix(tokens, relevance, inv_norm, scale, clear=slots)
-    return launch_greedy(relevance, k, plan, slots, kernel=kernel, tokens=tokens, inv_norm=inv_norm, scale=scale)
+        _, kernel, own = launch_pairs(tokens, layout, rows, relevance, width=layout.n, clear=clear)
+    return launch_greedy(layout, relevance, k, stage, rows, kernel=kernel, tokens=tokens, own=own, unit=unit)

@@ -1,13 +1,14 @@
-// The torch-free cores as a program of their own, for sanitizers and for other processors. Reads from standard input:
-// int64 n, width, k, keep, dtype (0 fp32, 1 bf16, 2 fp16), then n * width elements and n relevances (fp32). Writes
-// int64: the picks of qcsp (k), of dpp_map on the n x n kernel of the first core's products (k), of prune with the
-// first two tokens as the query, "intersect" with two rounds of GSP (k) and "restrict" (k); then n mask entries of gsp
-// at `keep`.
+// The torch-free cores as a program of their own, for sanitizers and for other processors. `level` prints the SIMD
+// level in use. Else it reads from standard input: int64 n, width, k, keep, dtype (0 fp32, 1 bf16, 2 fp16), then n *
+// width elements and n relevances (fp32). Writes int64: the picks of qcsp (k), of dpp_map on the n x n kernel of the
+// first core's products (k), of prune with the first two tokens as the query, "intersect" with two rounds of GSP (k)
+// and "restrict" (k); then n mask entries of gsp at `keep`.
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
-#include "cpu/dpp_map.hpp"
-#include "cpu/prune.hpp"
+#include "core/dpp_map.hpp"
+#include "core/prune.hpp"
 
 namespace cpu = script::cpu;
 
@@ -24,7 +25,8 @@ void write(const std::vector<int64_t>& values) { std::fwrite(values.data(), size
 
 }  // namespace
 
-int main(int argc, char**) {
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "level") == 0) return std::fputs(cpu::simd().name, stdout) < 0;
   const std::vector<int64_t> header = read<int64_t>(5);
   const int64_t n = header[0], width = header[1], k = header[2], keep = header[3];
   const auto dtype = static_cast<cpu::DType>(header[4]);
@@ -33,12 +35,13 @@ int main(int argc, char**) {
   const std::vector<char> data = read<char>(static_cast<size_t>(n * width) * size);
   std::vector<float> relevance = read<float>(static_cast<size_t>(n));
   relevance.push_back(1.0f);
-  // Any argument plants an overrun: one token more than there is.
+  // Any other argument plants an overrun: one token more than there is.
   const cpu::TokenView tokens{data.data(), dtype, n + (argc > 1 ? 1 : 0), width, width, 1};
 
   std::vector<int64_t> picks(static_cast<size_t>(k));
   std::vector<float> gains(static_cast<size_t>(k));
-  cpu::qcsp(tokens, relevance.data(), 1, k, picks.data(), gains.data(), cpu::serial);
+  const cpu::Picks out{picks.data(), gains.data()};
+  cpu::qcsp(tokens, {relevance.data()}, k, out, cpu::serial);
   write(picks);
 
   {
@@ -52,21 +55,20 @@ int main(int argc, char**) {
         kernel[static_cast<size_t>(i * n + j)] = product * scale * relevance[i] * relevance[j];
       }
     }
-    cpu::dpp_map({kernel.data(), n, n, 1}, k, picks.data(), gains.data());
+    cpu::dpp_map({kernel.data(), n, n, 1}, k, out);
     write(picks);
   }
 
   const cpu::Query query{{data.data(), dtype, n < 2 ? n : 2, width, width, 1}, nullptr, 0};
   for (const bool restrict : {false, true}) {
-    const cpu::GspOptions gsp{0.2f, 1.0f, 4, 2};
-    const cpu::PruneOptions options = cpu::prune_options(n, k, n > 2 ? 0.5 : 0.0, 2.0, restrict, gsp);
-    cpu::prune(tokens, std::nullopt, query, false, options, picks.data(), cpu::serial);
+    const cpu::PruneOptions options{false, n > 2 ? 0.5 : 0.0, 2.0, restrict, {0.2f, 1.0f, 4, 2}};
+    cpu::prune({tokens, std::nullopt, query}, k, options, picks.data(), cpu::serial);
     write(picks);
   }
 
   std::vector<char> mask(static_cast<size_t>(n));
   std::vector<float> score(static_cast<size_t>(n));
-  cpu::gsp(tokens, keep, {}, reinterpret_cast<bool*>(mask.data()), score.data(), cpu::serial);
+  cpu::gsp(tokens, keep, {}, reinterpret_cast<cpu::Truth*>(mask.data()), score.data(), cpu::serial);
   write(std::vector<int64_t>(mask.begin(), mask.end()));
   return 0;
 }

@@ -34,7 +34,7 @@ int main() {
     const auto [order, seed, batch, tokens, length, keep, ranking_image, ranking_entry, mask_image, mask_token] =
         header;
     const auto ranking = read_array<int64_t>();
-    const auto mask = read_array<bool>();
+    const auto mask = read_array<uint8_t>();
     const auto out = std::make_unique<int64_t[]>(batch * keep);
     std::fill_n(out.get(), batch * keep, int64_t{-1});
 

@@ -1,0 +1,233 @@
+// The ops on the CPU: checks, outputs and views of stable-ABI tensors, torch's threads, and the registration.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <exception>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "core/bipartite_match.hpp"
+#include "core/dpp_map.hpp"
+#include "core/gsp.hpp"
+#include "core/mask_intersect.hpp"
+#include "core/prune.hpp"
+#include "core/prune_varlen.hpp"
+#include "core/qcsp.hpp"
+#include "core/query_relevance.hpp"
+#include "faces/torch_checks.hpp"
+
+namespace script {
+namespace {
+
+// ---- views ------------------------------------------------------------------------------------------------------
+
+// The core's name of a floating dtype; the checks have let through no other.
+cpu::DType core_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return cpu::DType::kBFloat16;
+    case ScalarType::Half:
+      return cpu::DType::kFloat16;
+    default:
+      return cpu::DType::kFloat32;
+  }
+}
+
+// A (T, D) tensor, or the first image of a (B, N, D) one.
+cpu::TokenView rows_of(const Tensor& tensor) {
+  const int64_t d = tensor.dim() - 2;
+  return {tensor.const_data_ptr(), core_dtype(tensor), tensor.size(d),
+          tensor.size(d + 1),      tensor.stride(d),   tensor.stride(d + 1)};
+}
+
+// A (B, N, D) tensor; a batch of 1 serves every image.
+cpu::TokenBatch batch_of(const Tensor& tensor) {
+  return {rows_of(tensor), tensor.size(0), tensor.size(0) == 1 ? 0 : tensor.stride(0)};
+}
+
+template <typename T>
+cpu::ValueBatch<T> values_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr<T>(), tensor.size(0) == 1 ? 0 : tensor.stride(0), tensor.stride(1)};
+}
+
+cpu::ValueBatch<cpu::Truth> truths_of(const Tensor& mask) {
+  return {static_cast<const cpu::Truth*>(mask.const_data_ptr()), mask.size(0) == 1 ? 0 : mask.stride(0),
+          mask.stride(1)};
+}
+
+cpu::QueryBatch query_of(const Tensor& query, const std::optional<Tensor>& mask) {
+  cpu::QueryBatch batch{batch_of(query), {}};
+  if (mask.has_value()) batch.mask = truths_of(*mask);
+  return batch;
+}
+
+// A new contiguous tensor, uninitialised.
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty({shape.begin(), shape.size()}, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+// ---- strings ----------------------------------------------------------------------------------------------------
+
+// A string argument, which the boxed kernel owns. Asked for a std::string, the stable ABI of torch 2.10 to 2.13 at
+// least copies the text to one that nobody frees.
+class OwnedString {
+ public:
+  explicit OwnedString(StringHandle handle) : handle_(handle) {}
+  ~OwnedString() { torch_delete_string(handle_); }
+  OwnedString(const OwnedString&) = delete;
+  OwnedString& operator=(const OwnedString&) = delete;
+
+  std::string text() const {
+    size_t length = 0;
+    const char* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
+    return {data, length};
+  }
+
+ private:
+  StringHandle handle_;
+};
+
+// ---- threads ----------------------------------------------------------------------------------------------------
+
+// cpu::Parallel on torch's pool. The pool's C interface turns an exception into a status code and loses it, so the
+// first one is carried around it.
+void parallel(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+cpu::Threads threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel}; }
+
+// ---- ops --------------------------------------------------------------------------------------------------------
+
+Tensor query_relevance(const Tensor& tokens, const Tensor& query, const std::optional<Tensor>& query_mask,
+                       bool negate) {
+  check_query_relevance(tokens, query, query_mask);
+  Tensor out = empty({tokens.size(0), tokens.size(1)}, ScalarType::Float);
+  cpu::query_relevance(batch_of(tokens), query_of(query, query_mask), negate, out.mutable_data_ptr<float>(), threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bipartite_match(const Tensor& tokens, double threshold) {
+  check_bipartite_match(tokens, threshold);
+  const int64_t batch = tokens.size(0), sources = tokens.size(1) - tokens.size(1) / 2;
+  Tensor best = empty({batch, sources}, ScalarType::Float), match = empty({batch, sources}, ScalarType::Int);
+  Tensor degree = empty({batch, sources}, ScalarType::Int), mean = empty({batch, sources}, ScalarType::Float);
+  Tensor density = empty({batch, sources}, ScalarType::Float);
+  const cpu::MatchResult result{best.mutable_data_ptr<float>(), match.mutable_data_ptr<int32_t>(),
+                                degree.mutable_data_ptr<int32_t>(), mean.mutable_data_ptr<float>(),
+                                density.mutable_data_ptr<float>()};
+  cpu::bipartite_match(batch_of(tokens), threshold, result, threads());
+  return {best, match, degree, mean, density};
+}
+
+std::tuple<Tensor, Tensor> gsp(const Tensor& tokens, int64_t keep, double threshold, double gamma, int64_t min_degree,
+                               int64_t rounds) {
+  check_gsp(tokens, keep, threshold, gamma, min_degree, rounds);
+  Tensor mask = empty({tokens.size(0), tokens.size(1)}, ScalarType::Bool);
+  Tensor redundancy = empty({tokens.size(0), tokens.size(1)}, ScalarType::Float);
+  cpu::gsp(batch_of(tokens), keep, cpu::gsp_options(threshold, gamma, min_degree, rounds),
+           static_cast<cpu::Truth*>(mask.mutable_data_ptr()), redundancy.mutable_data_ptr<float>(), threads());
+  return {mask, redundancy};
+}
+
+// The k picks of each image.
+struct PickTensors {
+  Tensor indices, gains;
+  PickTensors(int64_t batch, int64_t k)
+      : indices(empty({batch, k}, ScalarType::Long)), gains(empty({batch, k}, ScalarType::Float)) {}
+  cpu::Picks picks() { return {indices.mutable_data_ptr<int64_t>(), gains.mutable_data_ptr<float>()}; }
+};
+
+std::tuple<Tensor, Tensor> dpp_map(const Tensor& kernel, int64_t k) {
+  check_dpp_map(kernel, k);
+  const int64_t batch = kernel.size(0);
+  PickTensors out(batch, k);
+  const cpu::KernelView first{kernel.const_data_ptr<float>(), kernel.size(1), kernel.stride(1), kernel.stride(2)};
+  cpu::dpp_map(first, kernel.stride(0), batch, k, out.picks(), threads());
+  return {out.indices, out.gains};
+}
+
+std::tuple<Tensor, Tensor> qcsp(const Tensor& tokens, const Tensor& relevance, int64_t k) {
+  check_qcsp(tokens, relevance, k);
+  PickTensors out(tokens.size(0), k);
+  cpu::qcsp(batch_of(tokens), values_of<float>(relevance), k, out.picks(), threads());
+  return {out.indices, out.gains};
+}
+
+Tensor mask_intersect(const Tensor& ranking, const Tensor& mask, int64_t k) {
+  check_mask_intersect(ranking, mask, k);
+  const int64_t batch = ranking.size(0);
+  Tensor out = empty({batch, k}, ScalarType::Long);
+  cpu::mask_intersect(values_of<int64_t>(ranking), ranking.size(1), truths_of(mask), mask.size(1), batch, k,
+                      out.mutable_data_ptr<int64_t>(), threads());
+  return out;
+}
+
+Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
+             const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, bool negate,
+             double gsp_drop, double oversample, StringHandle combine_handle, double threshold, double gamma,
+             int64_t min_degree, int64_t rounds) {
+  const OwnedString owned(combine_handle);
+  const std::string combine = owned.text();
+  check_prune(tokens, query, keep, aligned, query_mask, gsp_drop, oversample, combine, threshold, gamma, min_degree,
+              rounds);
+  Tensor out = empty({tokens.size(0), keep}, ScalarType::Long);
+  cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
+  if (query.has_value()) batch.query = query_of(*query, query_mask);
+  if (aligned.has_value()) batch.aligned = batch_of(*aligned);
+  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict",
+                                  cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  cpu::prune(batch, keep, options, out.mutable_data_ptr<int64_t>(), threads());
+  return out;
+}
+
+Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::optional<Tensor>& query,
+                    std::vector<int64_t> keep, const std::optional<Tensor>& aligned, bool negate, double gsp_drop,
+                    double oversample, StringHandle combine_handle, double threshold, double gamma, int64_t min_degree,
+                    int64_t rounds) {
+  const OwnedString owned(combine_handle);
+  const std::string combine = owned.text();
+  check_prune_varlen(tokens, cu_seqlens, query, keep, aligned, gsp_drop, oversample, combine, threshold, gamma,
+                     min_degree, rounds);
+  const std::vector<int64_t> starts = check_segments(cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.stride(0),
+                                                     tokens.size(0), keep, gsp_drop, rounds);
+  int64_t total = 0;
+  for (const int64_t count : keep) total += count;
+  Tensor out = empty({total}, ScalarType::Long);
+  cpu::PackedPrune packed{rows_of(tokens), std::nullopt, std::nullopt};
+  if (query.has_value()) packed.query = query_of(*query, std::nullopt);
+  if (aligned.has_value()) packed.aligned = rows_of(*aligned);
+  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict",
+                                  cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  cpu::prune_varlen(packed, starts, keep, options, out.mutable_data_ptr<int64_t>(), threads());
+  return out;
+}
+
+}  // namespace
+}  // namespace script
+
+STABLE_TORCH_LIBRARY_IMPL(script, CPU, m) {
+  m.impl("query_relevance", TORCH_BOX(&script::query_relevance));
+  m.impl("bipartite_match", TORCH_BOX(&script::bipartite_match));
+  m.impl("gsp", TORCH_BOX(&script::gsp));
+  m.impl("dpp_map", TORCH_BOX(&script::dpp_map));
+  m.impl("qcsp", TORCH_BOX(&script::qcsp));
+  m.impl("mask_intersect", TORCH_BOX(&script::mask_intersect));
+  m.impl("prune", TORCH_BOX(&script::prune));
+  m.impl("prune_varlen", TORCH_BOX(&script::prune_varlen));
+}

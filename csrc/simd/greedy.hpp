@@ -1,0 +1,158 @@
+// The steps of greedy MAP: see level.cpp.
+#pragma once
+
+#include "vectors.hpp"
+
+namespace script::cpu {
+namespace {
+
+// A taken column (negative residual) keeps its mark; rounding below zero, or NaN, counts as explained.
+inline Vec lower_residual(Vec residual, Vec explained) {
+  return residual < Vec{} ? residual : max(residual - explained, Vec{});
+}
+
+inline Vec zero_unless_finite(Vec x) {
+  const Uint exponent = float_to_bits(x) & 0x7f800000u;
+  return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
+}
+
+// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d.
+template <int M, int V>
+[[gnu::always_inline]] inline void subtract_products(Vec (&sum)[M][V], const float* const* a, const float* rows,
+                                                     int64_t depth) {
+  const float* x[M];
+  SCRIPT_UNROLL(8)
+  for (int r = 0; r < M; ++r) x[r] = a[r];
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec b[V];
+    SCRIPT_UNROLL(4)
+    for (int v = 0; v < V; ++v) b[v] = load<Vec>(rows + d * kPanel + v * kFloats);
+    SCRIPT_UNROLL(8)
+    for (int r = 0; r < M; ++r) {
+      const Vec factor = splat(x[r][d]);
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < V; ++v) sum[r][v] -= factor * b[v];
+    }
+  }
+}
+
+template <int M, int V>
+struct ProjectTile {
+  static void run(const float* const* a, const float* rows, int64_t depth, float* g) {
+    Vec sum[M][V];
+    SCRIPT_UNROLL(8)
+    for (int r = 0; r < M; ++r) {
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < V; ++v) sum[r][v] = load<Vec>(g + r * kPanel + v * kFloats);
+    }
+    subtract_products(sum, a, rows, depth);
+    SCRIPT_UNROLL(8)
+    for (int r = 0; r < M; ++r) {
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < V; ++v) store(g + r * kPanel + v * kFloats, sum[r][v]);
+    }
+  }
+};
+
+void project(const float* const* a, int count, const float* rows, int64_t depth, float* g) {
+  for (int r = 0; r < count; r += kRows) {
+    for (int c = 0; c < kPanel; c += kVectors * kFloats) {
+      dispatch_tile<ProjectTile>(count - r, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
+    }
+  }
+}
+
+// M new rows on V vectors of columns, from `column` on. The triangle among the new rows is solved in registers.
+template <int M, int V>
+struct ExtendTile {
+  static void run(const float* const* entries, const float* const* factor, const float* inverse_diagonal, int64_t done,
+                  float* rows, float* residual, int column) {
+    Vec sum[M][V];
+    SCRIPT_UNROLL(8)
+    for (int r = 0; r < M; ++r) {
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < V; ++v) sum[r][v] = zero_unless_finite(load<Vec>(entries[r] + column + v * kFloats));
+    }
+    subtract_products(sum, factor, rows + column, done);
+    Vec left[V];
+    SCRIPT_UNROLL(4)
+    for (int v = 0; v < V; ++v) left[v] = load<Vec>(residual + column + v * kFloats);
+    SCRIPT_UNROLL(8)
+    for (int r = 0; r < M; ++r) {
+      SCRIPT_UNROLL(8)
+      for (int q = 0; q < r; ++q) {
+        const Vec x = splat(factor[r][done + q]);
+        SCRIPT_UNROLL(4)
+        for (int v = 0; v < V; ++v) sum[r][v] -= x * sum[q][v];
+      }
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] *= inverse_diagonal[r];
+        store(rows + (done + r) * kPanel + column + v * kFloats, sum[r][v]);
+        left[v] = lower_residual(left[v], sum[r][v] * sum[r][v]);
+      }
+    }
+    SCRIPT_UNROLL(4)
+    for (int v = 0; v < V; ++v) store(residual + column + v * kFloats, left[v]);
+  }
+};
+
+float extend(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
+             int64_t done, float* rows, float* residual) {
+  for (int r = 0; r < m; r += kRows) {
+    for (int c = 0; c < kPanelVectors; c += kVectors) {
+      dispatch_tile<ExtendTile>(m - r, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows,
+                                residual, c * kFloats);
+    }
+  }
+  Vec top = load<Vec>(residual);
+  SCRIPT_UNROLL(16)
+  for (int v = 1; v < kPanelVectors; ++v) top = max(load<Vec>(residual + v * kFloats), top);
+  return largest_lane(top)[0];
+}
+
+int64_t argmax(const float* x, int64_t n) {
+  Vec top = load<Vec>(x);
+  for (int64_t i = kFloats; i < n; i += kFloats) top = max(load<Vec>(x + i), top);
+  top = largest_lane(top);
+  const Int lane = lane_numbers();
+  Int first = Int{} + static_cast<int32_t>(n);
+  for (int64_t i = n - kFloats; i >= 0; i -= kFloats) {
+    first = load<Vec>(x + i) == top ? lane + static_cast<int32_t>(i) : first;
+  }
+  return lowest_lane(first)[0];
+}
+
+Taken take(float* residual, const int32_t* ids) {
+  Vec value[kPanelVectors];
+  Vec top = load<Vec>(residual);
+  SCRIPT_UNROLL(16)
+  for (int v = 0; v < kPanelVectors; ++v) {
+    value[v] = load<Vec>(residual + v * kFloats);
+    top = max(value[v], top);
+  }
+  top = largest_lane(top);
+  const Int lane = lane_numbers();
+  Int first = Int{} + INT32_MAX;
+  SCRIPT_UNROLL(16)
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const Int id = load<Int>(ids + v * kFloats);
+    first = ((value[v] == top) & (id < first)) ? id : first;
+  }
+  first = lowest_lane(first);
+  Vec left = splat(-1.0f);
+  Int column{};
+  SCRIPT_UNROLL(16)
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const Int taken = load<Int>(ids + v * kFloats) == first;
+    column |= taken & (lane + v * kFloats);
+    value[v] = taken ? splat(-1.0f) : value[v];
+    left = max(value[v], left);
+    store(residual + v * kFloats, value[v]);
+  }
+  column = fold_lanes<kFloats / 2>(column, [](Int a, Int b) { return a | b; });
+  return {column[0], largest_lane(left)[0]};
+}
+
+}  // namespace
+}  // namespace script::cpu

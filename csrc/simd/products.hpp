@@ -1,0 +1,218 @@
+// Packing and matrix products: see level.cpp.
+#pragma once
+
+#include "vectors.hpp"
+
+namespace script::cpu {
+namespace {
+
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+// Swaps the off-diagonal blocks of size kHalf of a square of lanes; the stages 1, 2, 4, ... transpose it.
+template <int kHalf, int... kLanes>
+inline void swap_blocks(Vec (&v)[kFloats], std::integer_sequence<int, kLanes...>) {
+  SCRIPT_UNROLL(16)
+  for (int i = 0; i < kFloats; ++i) {
+    if (i & kHalf) continue;
+    const Vec a = v[i], b = v[i + kHalf];
+    v[i] = pick_lanes<((kLanes & kHalf) ? kFloats + kLanes - kHalf : kLanes)...>(a, b);
+    v[i + kHalf] = pick_lanes<((kLanes & kHalf) ? kFloats + kLanes : kLanes + kHalf)...>(a, b);
+  }
+}
+
+inline void transpose(Vec (&v)[kFloats]) {
+  swap_blocks<1>(v, AllLanes{});
+  swap_blocks<2>(v, AllLanes{});
+  if constexpr (kFloats > 4) swap_blocks<4>(v, AllLanes{});
+  if constexpr (kFloats > 8) swap_blocks<8>(v, AllLanes{});
+}
+
+// Steps of one block of rows before the next: as many streams as rows are read at a time, each far enough for the
+// hardware to see it.
+constexpr int64_t kPackChunk = 512;
+
+struct NoSquares {
+  static constexpr bool kWanted = false;
+  static Vec add(Vec sum, Vec) { return sum; }
+};
+struct FloatSquares {
+  static constexpr bool kWanted = true;
+  static Vec add(Vec sum, Vec x) { return sum + x * x; }
+};
+
+// Moves 32-bit words as they are: fp32 values, or pairs of bf16. Squares, if wanted, are summed on the way, in the
+// steps and chunks of a register tile.
+template <typename Squares>
+inline void pack_columns(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
+  const int blocks = (count + kFloats - 1) / kFloats;
+  const int64_t whole = depth - depth % kFloats;
+  Vec total[kPanelVectors] = {}, chunk[kPanelVectors] = {};
+  for (int64_t start = 0; start < whole; start += kPackChunk) {
+    const int64_t end = whole - start < kPackChunk ? whole : start + kPackChunk;
+    for (int block = 0; block < kPanelVectors; ++block) {
+      Vec sum = {};
+      for (int64_t d = start; d < end; d += kFloats) {
+        Vec v[kFloats] = {};
+        if (block < blocks) {
+          SCRIPT_UNROLL(16)
+          for (int r = 0; r < kFloats; ++r) {
+            if (block * kFloats + r < count) v[r] = load<Vec>(rows[block * kFloats + r] + d);
+          }
+          transpose(v);
+        }
+        SCRIPT_UNROLL(16)
+        for (int r = 0; r < kFloats; ++r) store(panel + (d + r) * kPanel + block * kFloats, v[r]);
+        if constexpr (Squares::kWanted) {
+          SCRIPT_UNROLL(16)
+          for (int r = 0; r < kFloats; ++r) sum = Squares::add(sum, v[r]);
+          if ((d + kFloats) % kChunk == 0) {
+            total[block] += sum;
+            sum = Vec{};
+          }
+        }
+      }
+      chunk[block] = sum;  // not all of a chunk: only at the end
+    }
+  }
+  for (int64_t d = whole; d < depth; ++d) {
+    for (int c = 0; c < kPanel; ++c) panel[d * kPanel + c] = 0;
+    for (int c = 0; c < count; ++c) __builtin_memcpy(panel + d * kPanel + c, rows[c] + d, 4);
+    for (int v = 0; v < kPanelVectors; ++v)
+      chunk[v] = Squares::add(chunk[v], load<Vec>(panel + d * kPanel + v * kFloats));
+  }
+  if constexpr (Squares::kWanted) {
+    for (int v = 0; v < kPanelVectors; ++v) store(square + v * kFloats, total[v] + chunk[v]);
+  }
+}
+
+void pack(const float* const* rows, int count, int64_t depth, float* panel) {
+  pack_columns<NoSquares>(rows, count, depth, panel, nullptr);
+}
+
+void pack_squares(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
+  pack_columns<FloatSquares>(rows, count, depth, panel, square);
+}
+
+#if defined(SCRIPT_SIMD_BF16)
+
+// sum += the products of 32-bit pairs of bf16, lane by lane: one processor rounds each of the two products into the sum
+// in turn, another their sum, and both take denormals for zero.
+#if defined(__aarch64__)
+inline Vec add_pairs(Vec sum, Int a, Int b) { return vbfdotq_f32(sum, load<bfloat16x8_t>(&a), load<bfloat16x8_t>(&b)); }
+#else
+inline Vec add_pairs(Vec sum, Int a, Int b) { return _mm512_dpbf16_ps(sum, load<__m512bh>(&a), load<__m512bh>(&b)); }
+#endif
+
+struct Bf16Squares {
+  static constexpr bool kWanted = true;
+  static Vec add(Vec sum, Vec x) { return add_pairs(sum, load<Int>(&x), load<Int>(&x)); }
+};
+
+void pack_squares_bf16(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
+  pack_columns<Bf16Squares>(rows, count, depth, panel, square);
+}
+
+#endif
+
+// ---- matrix products --------------------------------------------------------------------------------------------
+
+// Writes a register tile to c, or adds it there.
+template <int M, int V>
+[[gnu::always_inline]] inline void store_tile(const Vec (&sum)[M][V], bool add, float* c) {
+  SCRIPT_UNROLL(8)
+  for (int r = 0; r < M; ++r) {
+    SCRIPT_UNROLL(4)
+    for (int v = 0; v < V; ++v) {
+      float* p = c + r * kPanel + v * kFloats;
+      store(p, add ? load<Vec>(p) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+// A register tile of M rows x V vectors over `depth` steps, written to c or added to it.
+template <int M, int V>
+struct FloatTile {
+  static void run(const float* const* a, int64_t start, const float* panel, int64_t depth, bool add, float* c) {
+    Vec sum[M][V] = {};
+    const float* rows[M];
+    SCRIPT_UNROLL(8)
+    for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
+    for (int64_t d = 0; d < depth; ++d) {
+      Vec b[V];
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < V; ++v) b[v] = load<Vec>(panel + d * kPanel + v * kFloats);
+      SCRIPT_UNROLL(8)
+      for (int r = 0; r < M; ++r) {
+        const Vec x = splat(rows[r][d]);
+        SCRIPT_UNROLL(4)
+        for (int v = 0; v < V; ++v) sum[r][v] += x * b[v];
+      }
+    }
+    store_tile(sum, add, c);
+  }
+};
+
+// Walks the chunks of the depth and, inside one, the register tiles: the panel's chunk is read from L1 by all rows.
+template <template <int, int> class Tile, int kWord, typename Element>
+inline void multiply(const Element* const* a, int rows, const Element* panel, int groups, int64_t depth, float* c) {
+  for (int64_t start = 0; start < depth; start += kChunk) {
+    const int64_t steps = depth - start < kChunk ? depth - start : kChunk;
+    const Element* chunk = panel + start * kPanel * kWord;
+    for (int r = 0; r < rows; r += kRows) {
+      const int m = rows - r < kRows ? rows - r : kRows;
+      for (int v = 0; v < groups * kGroupVectors; v += kVectors) {
+        const int left = groups * kGroupVectors - v;
+        dispatch_tile<Tile>(m, left < kVectors ? left : kVectors, a + r, start * kWord, chunk + v * kFloats * kWord,
+                            steps, start > 0, c + r * kPanel + v * kFloats);
+      }
+    }
+  }
+}
+
+void gemm(const float* const* a, int rows, const float* panel, int groups, int64_t depth, float* c) {
+  multiply<FloatTile, 1>(a, rows, panel, groups, depth, c);
+}
+
+#if defined(SCRIPT_SIMD_BF16)
+
+// One step is a pair of bf16 values; rows and panels are even and zero padded.
+template <int M, int V>
+struct Bf16Tile {
+  static void run(const uint16_t* const* a, int64_t start, const uint16_t* panel, int64_t depth, bool add, float* c) {
+    Vec sum[M][V] = {};
+    const uint16_t* rows[M];
+    SCRIPT_UNROLL(8)
+    for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
+    for (int64_t d = 0; d < depth; ++d) {
+      Int b[V];
+      SCRIPT_UNROLL(4)
+      for (int v = 0; v < V; ++v) b[v] = load<Int>(panel + (d * kPanel + v * kFloats) * 2);
+      SCRIPT_UNROLL(8)
+      for (int r = 0; r < M; ++r) {
+        const Int x = Int{} + load<int32_t>(rows[r] + 2 * d);
+        SCRIPT_UNROLL(4)
+        for (int v = 0; v < V; ++v) sum[r][v] = add_pairs(sum[r][v], x, b[v]);
+      }
+    }
+    store_tile(sum, add, c);
+  }
+};
+
+void gemm_bf16(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c) {
+  multiply<Bf16Tile, 2>(a, rows, panel, groups, depth / 2, c);
+}
+
+#endif
+
+void weigh_products(const float* raw, const PivotWeights& pivot, const ColumnWeights& columns, int count, float* out) {
+  for (int c = 0; c < count; c += kFloats) {
+    const Vec x = load<Vec>(raw + c);
+    const Int equal = (x == splat(pivot.square)) & (x == load<Vec>(columns.square + c));
+    const Vec product = x * (load<Vec>(columns.weight + c) * pivot.weight);
+    store(out + c, equal ? load<Vec>(columns.relevance + c) * pivot.relevance : product);
+  }
+  for (int c = count; c < kPanel; ++c) out[c] = 0.0f;
+}
+
+}  // namespace
+}  // namespace script::cpu

@@ -1,0 +1,102 @@
+"""Runs the model's own encoders, finds each visual's placeholders, and packs the rows that stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .device import Mark, clock_of, mark, own_weights, send
+from .families import family_of, parameters, token_id
+from .layouts import Visual
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Inputs that the models' encoders read number by number: given from the CPU, they make nobody wait for the device.
+_READ_BY_HOST = ("image_sizes", "batch_num_images")
+# Of an encoder's output, what no language model reads: it would hold the unpruned features in memory.
+_UNREAD = {"last_hidden_state", "hidden_states", "attentions", "image_hidden_states", "video_hidden_states"}
+
+
+def encode(
+    model: PreTrainedModel, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor, host: Mapping[str, Any] | None = None
+) -> tuple[list[Visual], dict[str, Any], list[tuple[Mark, Mark]]]:
+    """Encodes all images, then all videos, and finds each one's placeholders.
+
+    ids, mask: (B, S) on the CPU. host: the inputs as `fetch` returns them, if they are not on the CPU. Returns the
+    visuals, the encoder's output per modality and the marks before and after each run of the model's own encoders.
+    """
+    family = family_of(model)
+    device = clock_of(model)
+    host = inputs if host is None else host
+    runs: list[tuple[Mark, Mark]] = []
+
+    def run(modality: str) -> Any:
+        if family.pixels.get(modality) not in inputs:
+            return None
+        encoder = getattr(model.base_model, f"get_{modality}_features")
+        names = parameters(encoder)  # what `generate` passes on as well
+        passed = {name: (host if name in _READ_BY_HOST else inputs)[name] for name in names if name in inputs}
+        start = mark(device)
+        with own_weights(model.base_model):
+            out = encoder(**passed, return_dict=True)
+        runs.append((start, mark(device)))
+        return out
+
+    unpadded = ids.masked_fill(mask == 0, -1)
+    visuals, outputs = family.adapter(model, host, unpadded, run)
+    for modality in outputs:
+        placeholder = token_id(model, modality)
+        if placeholder is None:
+            raise ValueError(
+                f"model: expected a config with {modality}_token_id, got none in {type(model.config).__name__}"
+            )
+        _place([v for v in visuals if v.modality == modality], unpadded == placeholder)
+    return visuals, outputs, runs
+
+
+def _place(visuals: list[Visual], placeholders: Tensor) -> None:
+    prompt, column = placeholders.nonzero(as_tuple=True)
+    ends = list(accumulate((len(v.features) for v in visuals), initial=0))
+    if ends[-1] != len(prompt):
+        raise ValueError(
+            f"input_ids: expected {ends[-1]} {visuals[0].modality} placeholders, one per visual token, "
+            f"got {len(prompt)}"
+        )
+    for visual, (start, end) in zip(visuals, pairwise(ends), strict=True):
+        visual.prompt = int(prompt[start])
+        if visual.prompt != int(prompt[end - 1]):
+            raise ValueError(f"input_ids: expected each {visual.modality} inside one prompt, got one split over two")
+        visual.columns = column[start:end]
+
+
+def rebuild(outputs: dict[str, Any], visuals: list[Visual], kept: list[Tensor]) -> dict[str, Any]:
+    """`mm_encoder_outputs` with the kept rows only, in the container each model's forward expects."""
+    pruned = {}
+    for modality, output in outputs.items():
+        mine = [(v, send(k, v.features.device)) for v, k in zip(visuals, kept, strict=True) if v.modality == modality]
+        pooled: Any = [v.features.index_select(0, k) for v, k in mine]
+        if isinstance(output.pooler_output, Tensor):
+            pooled = torch.cat(pooled) if output.pooler_output.ndim == 2 else _stack(pooled)
+        kept_fields = {name: value for name, value in output.items() if name not in _UNREAD}
+        kept_fields["pooler_output"] = pooled
+        if getattr(output, "deepstack_features", None) is not None:
+            layers = [[v.planes[i].index_select(0, k) for v, k in mine] for i in range(len(output.deepstack_features))]
+            tensors = isinstance(output.deepstack_features[0], Tensor)
+            kept_fields["deepstack_features"] = [_stack(layer) if tensors else layer for layer in layers]
+        pruned[modality] = type(output)(**kept_fields)
+    return pruned
+
+
+def _stack(pooled: list[Tensor]) -> Tensor:
+    """(L_i, D) pieces as one (pieces, length, D) tensor for the models that flatten it again.
+
+    The length divides every L_i, so no piece crosses two images; beam search relies on that when it repeats them.
+    """
+    length = math.gcd(*(len(p) for p in pooled))
+    return torch.cat(pooled).reshape(-1, length, pooled[0].shape[-1])

@@ -1,0 +1,490 @@
+"""Greedy MAP of a determinantal point process: diagonally pivoted Cholesky, stopped after k pivots (Chen et al. 2018).
+
+One launch does all steps of all images. A program owns a block of columns of one image, with their residuals d in
+registers; rows of the factor C go to global memory as [k][N]. The step that picks j reads L[j, :] and C[:m, j] and does
+
+    c = (L[j, :] - C[:m, j] C[:m, :]) / sqrt(d_j);   d = max(d - c c, 0);   C[m, :] = c
+
+**Choice of the pick.** Level (2 bits), value (32), inverted index (28) and stop flag of a token are packed into one
+int64 whose maximum is the pick: levels in their order (3: first tier, 2: rest, 1: tokens with NaN or Inf, 0: taken or
+absent), then the larger value, then the lower index; whether the pick counts comes with it. The value is the residual,
+or, in a level whose rank is exhausted, the order key of the relevance. A round either picks a token or finds that a
+level is exhausted and picks nothing, so k picks take at most k + 3 rounds.
+
+**Several programs per image.** Each publishes the best key of its columns and then reads those of all others. A key is
+never 0 and every round has its own slots, cleared beforehand: a slot that is not 0 is there, and no counter is needed.
+The key is published with release semantics behind a barrier of the block, so whoever sees it finds the block's row of C
+in L2; readers poll with volatile loads and read C[:m, j] past L1. They do without an acquire because that would empty
+L1, where a program keeps its own columns of C. Waiting needs every program resident: a cooperative launch no larger
+than the device. Where that is impossible (the interpreter, or more programs than fit) the same body runs one round per
+launch and keeps its registers in memory in between.
+
+**Repeatable and batch-invariant.** The bits of a result depend neither on how many programs share an image nor on their
+width: a column is one chain of fused multiply-adds over the pivots in order, whatever block it lies in, and the maximum
+of keys is exact. The dispatch is therefore free to look at the size of the batch and of the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .layout import Layout, image_of, launch, locate, order_key
+from .pairs import finite_relevance
+from .plan import BLOCKS, FEATURE_BLOCKS, MOST_TOKENS, Plan, Stage
+from .rows import Rows, widen
+
+RANK_TOLERANCE = tl.constexpr(1e-6)
+
+# In the place of a residual, which is never negative
+BAD = tl.constexpr(-1.0)  # a token with NaN or Inf
+TAKEN = tl.constexpr(-2.0)  # a token that is picked or does not exist
+SHARERS = (32, 128)  # programs per image that one compiled exchange serves
+FEATURE_ROWS, FEATURE_COLS = 64, 64
+INTERPRETER_UNROLL = 4  # the interpreter pays for masked rows as for others
+
+# What varies from call to call: a new value must not mean a new compilation. Rows that are ours are whole multiples of
+# 16 floats, and travel divided by it, so that the compiler knows.
+UNSPECIALIZED = (
+    *("stride_kb", "stride_kn", "S", "N", "K", "need", "slots", "n_slots", "i_slot0", "n_above", "n_upto"),
+    *("round_from", "round_to"),
+)
+
+
+@triton.jit
+def order_of(p_order, p_k, stride_diagonal, first, o_n, m_n):
+    """What ranks tokens where no variance is left: their relevance, or the diagonal of L."""
+    if p_order is not None:
+        b_order = tl.load(p_order + first + o_n, mask=m_n, other=0.0)
+    else:
+        b_order = tl.load(p_k + o_n.to(tl.int64) * stride_diagonal, mask=m_n, other=0.0)
+    return b_order
+
+
+@triton.jit
+def initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n):
+    """L_ii of the columns; BAD for tokens with NaN or Inf, TAKEN past the end."""
+    b_order = order_of(p_order, p_k, stride_diagonal, first, o_n, m_n)
+    if p_order is not None:
+        b_inv = tl.load(p_inv + first + o_n, mask=m_n, other=0.0)
+        m_good = (tl.abs(b_order * b_order) < float("inf")) & (b_inv >= 0.0)
+        b_residual = tl.where(b_inv > 0.0, b_order * b_order, 0.0)
+    else:
+        m_good = tl.abs(b_order) < float("inf")
+        b_residual = tl.where(b_order > 0.0, b_order, 0.0)
+    return tl.where(m_n, tl.where(m_good, b_residual, BAD), TAKEN)
+
+
+@triton.jit
+def flags_of(p_flag, first, o_n, m_n):
+    """1 where the byte of a token is not 0; 0 for all without flags."""
+    b_flag = o_n * 0
+    if p_flag is not None:
+        b_flag = (tl.load(p_flag + first + o_n, mask=m_n, other=0) != 0).to(tl.int32)
+    return b_flag
+
+
+@triton.jit
+def best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted):
+    """The largest of the int64 keys of the columns; a key is 0 where a token is not free."""
+    b_level = tl.where(b_residual >= 0.0, 2 + b_tier, tl.where(b_residual == BAD, 1, 0))
+    b_value = tl.where(b_residual >= 0.0, b_residual, 0.0).to(tl.int32, bitcast=True)
+    if exhausted > 1:
+        b_order = order_key(order_of(p_order, p_k, stride_diagonal, first, o_n, m_n))
+        b_value = tl.where(b_level == exhausted, b_order, b_value)
+    b_index = ((MOST_TOKENS - 1 - o_n) << 1) | b_stop
+    b_key = (b_level.to(tl.int64) << 61) | ((b_value.to(tl.int64) + 0x80000000) << 29) | b_index.to(tl.int64)
+    return tl.max(tl.where(b_level > 0, b_key, 0), axis=0)
+
+
+@triton.jit
+def publish(p_slots, i_round, n_slots, i_slot, best, n_g):
+    """Hands the best key of this program to those it shares the image with, and with it all it has written so far."""
+    if n_g > 1:
+        p_slot = p_slots + tl.cast(i_round, tl.int64) * n_slots + i_slot
+        tl.atomic_xchg(p_slot, tl.maximum(best, 1), sem="release", scope="gpu")
+
+
+@triton.jit
+def best_of_all(p_slots, i_round, n_slots, i_slot, best, n_g, p_progress, BG: tl.constexpr):
+    """The best key of all programs that share the image (from slot i_slot on), once they have all published theirs."""
+    if n_g > 1:
+        p_round = p_slots + tl.cast(i_round, tl.int64) * n_slots + i_slot
+        o_g = tl.arange(0, BG)
+        b_keys = tl.load(p_round + o_g, mask=o_g < n_g, other=1, volatile=True)
+        if p_progress is None:
+            while tl.min(b_keys, axis=0) == 0:
+                b_keys = tl.load(p_round + o_g, mask=o_g < n_g, other=1, volatile=True)
+            tl.debug_barrier()
+        best = tl.max(b_keys, axis=0)
+    return best
+
+
+@triton.jit
+def add_rows(b_sum, p_c, j, o_n, n_load, i_m, m, stride_cm, PAST_L1: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """b_sum + C[i_m:, j] C[i_m:, :] of BC rows, as one chain; those from m on, if there is an m, are left out."""
+    for i_c in tl.static_range(BC):
+        p_cm = p_c + tl.cast(i_m + i_c, tl.int64) * stride_cm
+        if m is not None:
+            m_c = i_m + i_c < m
+            b_cj = tl.load(p_cm + j, mask=m_c, other=0.0, cache_modifier=PAST_L1)
+            b_c = tl.load(p_cm + o_n, mask=o_n < tl.where(m_c, n_load, 0), other=0.0)
+        else:
+            b_cj = tl.load(p_cm + j, cache_modifier=PAST_L1)
+            b_c = tl.load(p_cm + o_n, mask=o_n < n_load, other=0.0)
+        b_sum = tl.fma(b_c, tl.broadcast_to(b_cj, [BN]), b_sum)
+    return b_sum
+
+
+@triton.jit
+def level_cosine(b_cos, b_own, own_j):
+    """Cosines, or their multiples, by norms from the same products: of two equal tokens it is exactly 1.
+
+    Their cosine has then the same bits c as that of each with itself, and in IEEE arithmetic c / sqrt(c c) is 1. What
+    is left of the variance of a token equal to a pick is the rounding of about 15 operations, 15 * 2^-24, below
+    RANK_TOLERANCE whatever D.
+    """
+    b_square = b_own * own_j
+    return tl.div_rn(b_cos, tl.sqrt_rn(tl.where(b_square > 0.0, b_square, 1.0)))
+
+
+@triton.jit
+def feature_row(
+    p_x,  # first token of the image
+    p_relevance,
+    p_inv,
+    p_scale,
+    p_own,
+    p_row,  # fp32, written at this program's columns
+    first,
+    j,  # a token, or None: every token with itself, to p_own
+    i_from,  # first column of this program
+    n,
+    strides,
+    D,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """L[j, :] from the tokens, at the columns of this program; a token with residual left is no zero row."""
+    for i_r in range(i_from, tl.minimum(i_from + BN, n), BR):
+        o_r = i_r + tl.arange(0, BR)
+        m_r = o_r < n
+        b_scale = tl.load(p_scale + first + o_r, mask=m_r, other=1.0)
+        b_inv = tl.load(p_inv + first + o_r, mask=m_r, other=0.0)
+        p_r = p_x + o_r.to(tl.int64) * strides[1]
+        b_dot = tl.zeros([BR, BD], dtype=tl.float32)
+        for i_d in range(0, D, BD):
+            o_d = (i_d + tl.arange(0, BD)).to(tl.int64)
+            m_d = o_d < D
+            b_x = tl.load(p_r[:, None] + o_d[None, :] * strides[2], mask=m_r[:, None] & m_d[None, :], other=0.0)
+            b_x = widen(b_x) * b_scale[:, None]
+            b_y = b_x
+            if j is not None:
+                p_xj = p_x + j.to(tl.int64) * strides[1] + o_d * strides[2]
+                b_y = (widen(tl.load(p_xj, mask=m_d, other=0.0)) * tl.load(p_scale + first + j))[None, :]
+            b_dot += b_x * b_y  # [BR, BD]
+        if j is not None:
+            b_r = finite_relevance(tl.load(p_relevance + first + o_r, mask=m_r, other=0.0))
+            b_r *= finite_relevance(tl.load(p_relevance + first + j))
+            b_own = tl.load(p_own + first + o_r, mask=m_r, other=1.0)
+            b_cos = tl.sum(b_dot, axis=1) * (b_inv * tl.load(p_inv + first + j))
+            b_cos = level_cosine(b_cos, b_own, tl.load(p_own + first + j, cache_modifier=".cg"))
+            tl.store(p_row + first + o_r, tl.where(b_inv > 0.0, b_cos * b_r, 0.0), mask=m_r)
+        else:
+            tl.store(p_own + first + o_r, tl.sum(b_dot, axis=1) * (b_inv * b_inv), mask=m_r)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def greedy_kernel(
+    p_kernel,  # fp32 L, or None: its rows are made of the tokens
+    p_tokens,  # or None
+    p_order,  # relevance, one per token, or None: the diagonal of L
+    p_inv,  # fp32, one per token: row statistics, or None with L's own diagonal
+    p_scale,  # fp32, one per token: row statistics, or None with L in memory
+    p_unit,  # fp32 [S]: gains are squares of it, or None
+    p_own,  # fp32, one per token: cosine with itself as products give it; written with tokens; None without relevance
+    p_tier,  # uint8, one per token: not 0 in the tier that goes first, or None
+    p_stop,  # uint8, one per token: not 0 if its pick counts towards `need`, or None
+    p_limit,  # int32 [S]: picks per segment, for segments
+    p_need,  # int32 [S]: counted picks that end a segment, or None: `need`
+    p_cu,
+    p_indices,  # int64 [S, K]
+    p_gains,  # fp32 [S, K]
+    p_factor,  # fp32 C, (B, K, N) or (K, T), rows padded to multiples of 16
+    p_row,  # fp32, one per token, with tokens
+    p_slots,  # int64 [rounds, n_slots], cleared, or None: one program per image
+    p_residual,  # fp32, one per token, or None: all rounds in this launch
+    p_progress,  # int32 [n_slots, 8], or None likewise
+    stride_kb,  # of L; with relevance L is ours, and both are given divided by 16
+    stride_kn,
+    stride_kc,
+    strides_x,
+    S,
+    N,
+    D,
+    K,
+    need,
+    slots,
+    n_slots,
+    i_slot0,  # first slot of this launch
+    n_above,  # segments of n_above < n <= n_upto tokens are worked on
+    n_upto,
+    round_from,  # -1: start
+    round_to,
+    BN: tl.constexpr,
+    BG: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    PAST_L1: tl.constexpr = ".cg" if p_slots is not None else ""
+    i_slot = tl.program_id(0) + i_slot0
+    i_s, i_g, first, n = locate(p_cu, i_slot, S, N, slots, BN)
+    if (i_g * BN >= n) | (n <= n_above) | (n > n_upto):
+        return
+    n_g = tl.cdiv(n, BN)  # programs that share this image
+    i_image = i_s.to(tl.int64)
+    stride_cm = tl.cdiv(N, 16) * 16
+    k = K
+    n_load = n  # columns of C and L that may be loaded: what lies past n takes no part
+    if p_cu is not None:
+        k = tl.minimum(tl.minimum(tl.load(p_limit + i_s), K), n)
+        p_c = p_factor + first
+    else:
+        p_c = p_factor + i_image * K * stride_cm
+        n_load = stride_cm
+    if p_need is not None:
+        need = tl.load(p_need + i_s)
+    p_k = p_kernel
+    n_row = n
+    stride_diagonal = stride_kn
+    if p_kernel is not None:
+        if p_order is not None:
+            stride_kb *= 16
+            stride_kn *= 16
+            n_row = n_load
+        if p_cu is not None:
+            p_k += first * stride_kn
+        else:
+            p_k += i_image * stride_kb
+        stride_diagonal = stride_kn + stride_kc
+    p_i = p_indices + i_image * K
+    p_g = p_gains + i_image * K
+    o_n = i_g * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    b_tier = flags_of(p_tier, first, o_n, m_n)
+    b_stop = flags_of(p_stop, first, o_n, m_n)
+
+    # Residuals of this program's columns; t picks, m rows of C, the level found exhausted, picks counted
+    t = tl.full([], 0, tl.int32)
+    m = tl.full([], 0, tl.int32)
+    exhausted = tl.full([], 0, tl.int32)
+    count = tl.full([], 0, tl.int32)
+    top = tl.full([], 0.0, tl.float32)
+    b_residual = initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n)
+    if p_progress is not None:
+        p_state = p_progress + i_slot * 8
+        if round_from >= 0:
+            b_residual = tl.load(p_residual + first + o_n, mask=m_n, other=TAKEN)
+            t = tl.load(p_state)
+            m = tl.load(p_state + 1)
+            exhausted = tl.load(p_state + 2)
+            count = tl.load(p_state + 3)
+            top = tl.load(p_state + 4).to(tl.float32, bitcast=True)
+    unit = tl.full([], 1.0, tl.float32)
+    if p_unit is not None:
+        unit = tl.load(p_unit + i_s)
+    b_own = b_residual
+    if p_kernel is None:
+        if round_from < 0:
+            p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
+            at = i_g * BN
+            feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, None, at, n, strides_x, D, BN, BR, BD)
+            tl.debug_barrier()  # and the first exchange brings it to the other programs
+    elif p_own is not None:
+        b_own = tl.load(p_own + first + o_n, mask=m_n, other=1.0)
+    # The rank of a level is judged by the largest L_ii of it and the levels before it. That is `top`, which the first
+    # pick finds, or `top_rest` for what follows a first tier.
+    top_rest = tl.full([], 0.0, tl.float32)
+    if p_tier is not None:
+        for i_n in range(0, n, BN):
+            o_a = i_n + tl.arange(0, BN)
+            b_diag = initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_a, o_a < n)
+            top_rest = tl.maximum(top_rest, tl.max(b_diag, axis=0))
+
+    best = best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted)
+    i_round = tl.maximum(round_from, 0)
+    if p_slots is not None:
+        publish(p_slots, i_round, n_slots, i_slot, best, n_g)
+    while (i_round < round_to) & (t < k) & (count < need):
+        if p_slots is not None:
+            best = best_of_all(p_slots, i_round, n_slots, i_slot - i_g, best, n_g, p_progress, BG)
+        level = (best >> 61).to(tl.int32)
+        gain = (((best >> 29) & 0xFFFFFFFF) - 0x80000000).to(tl.int32).to(tl.float32, bitcast=True)
+        j = MOST_TOKENS - 1 - ((best >> 1) & (MOST_TOKENS - 1)).to(tl.int32)
+        ranked = level != exhausted
+        top = tl.where(i_round == 0, gain, top)
+        scale = top
+        if p_tier is not None:
+            scale = tl.where(level == 3, top, top_rest)
+        if ranked & (gain <= RANK_TOLERANCE * scale):
+            exhausted = level
+        else:
+            if i_g == 0:
+                tl.store(p_i + t, j.to(tl.int64))
+                tl.store(p_g + t, tl.where(ranked, gain * unit * unit, 0.0))
+            b_residual = tl.where(o_n == j, TAKEN, b_residual)
+            count += (best & 1).to(tl.int32)
+            t += 1
+            if ranked & (t < k) & (count < need):
+                if p_kernel is None:
+                    p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
+                    at = i_g * BN
+                    feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, j, at, n, strides_x, D, BN, BR, BD)
+                    tl.debug_barrier()
+                    b_row = tl.load(p_row + first + o_n, mask=m_n, other=0.0)
+                else:
+                    p_kj = p_k + j.to(tl.int64) * stride_kn
+                    b_row = tl.load(p_kj + o_n.to(tl.int64) * stride_kc, mask=o_n < n_row, other=0.0)
+                    b_row = tl.where(tl.abs(b_row) < float("inf"), b_row, 0.0)
+                    if p_own is not None:
+                        b_row = level_cosine(b_row, b_own, tl.load(p_own + first + j))
+                b_sum = tl.zeros([BN], dtype=tl.float32)
+                whole = m - m % BC
+                for i_m in range(0, whole, BC):
+                    b_sum = add_rows(b_sum, p_c, j, o_n, n_load, i_m, None, stride_cm, PAST_L1, BN, BC)
+                if whole < m:
+                    b_sum = add_rows(b_sum, p_c, j, o_n, n_load, whole, m, stride_cm, PAST_L1, BN, BC)
+                b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
+                b_less = tl.fma(-b_new, b_new, b_residual)
+                b_less = tl.where(b_less > 0.0, b_less, 0.0)  # NaN counts as 0
+                b_residual = tl.where(b_residual >= 0.0, b_less, b_residual)
+                tl.store(p_c + tl.cast(m, tl.int64) * stride_cm + o_n, b_new, mask=m_n)
+                m += 1
+        i_round += 1
+        tl.debug_barrier()  # the row of C is read by other threads in the next round
+        best = best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted)
+        if p_slots is not None:
+            publish(p_slots, i_round, n_slots, i_slot, best, n_g)
+
+    if p_progress is not None:
+        tl.store(p_residual + first + o_n, b_residual, mask=m_n)
+        tl.store(p_state, t)
+        tl.store(p_state + 1, m)
+        tl.store(p_state + 2, exhausted)
+        tl.store(p_state + 3, count)
+        tl.store(p_state + 4, top.to(tl.int32, bitcast=True))
+    if i_g == 0:  # ranks that were not asked for
+        for i_t in range(t, K, BN):
+            o_t = i_t + tl.arange(0, BN)
+            tl.store(p_i + o_t, tl.full([BN], -1, tl.int64), mask=o_t < K)
+            tl.store(p_g + o_t, tl.zeros([BN], tl.float32), mask=o_t < K)
+
+
+def exchange_width(layout: Layout, plan: Plan) -> int:
+    """Keys that a program reads at once, of few values, for each is a compilation."""
+    sharers = triton.cdiv(layout.n, plan.columns)
+    if not plan.grid:
+        return SHARERS[0]
+    return next((g for g in SHARERS[layout.packed :] if g >= sharers), triton.next_power_of_2(sharers))
+
+
+def launch_greedy(
+    layout: Layout,
+    order: torch.Tensor,
+    k: int,
+    stage: Stage,
+    rows: Rows | None = None,
+    *,
+    kernel: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
+    unit: torch.Tensor | None = None,
+    tier: torch.Tensor | None = None,
+    stop: torch.Tensor | None = None,
+    need: int | torch.Tensor = 0,
+    limits: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks tokens greedily: indices (B, k) int64 in greedy order, -1 past the last pick, and gains (B, k) fp32.
+
+    order: relevance, one per token, with `rows`; or, without them, the kernel itself, whose diagonal is then used.
+    kernel: L (B, N, N), of any strides where it is the order, or (T, W) of packed segments, in rows as `launch_pairs`
+    leaves them, with its `own`; tokens: for a stage that makes the rows of L of them. unit: (S,) fp32, of the
+    relevance: gains come in squares of it.
+    tier: bool per token, True goes first. stop, need: end after `need` picks for which `stop` holds (for packed
+    segments an int32 tensor). limits: int32 picks per packed segment. `out` is written in place of new tensors.
+    """
+    plan, device = stage.plan, order.device
+    if out is None:
+        shape = (layout.segments, k)
+        out = (torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device))
+    if plan.total == 0 or k == 0:
+        return out
+    source = tokens if stage.features else kernel
+    assert source is not None
+    strides_k = (0, 0, 0) if stage.features else layout.strides(source)
+    if rows is not None:
+        order = order.contiguous()
+        strides_k = (strides_k[0] // 16, strides_k[1] // 16, strides_k[2])
+    padded = triton.cdiv(layout.n, 16) * 16
+    factor = torch.empty((1 if layout.packed else layout.segments, k, padded), device=device)
+    row = None
+    if stage.features:
+        row, own = torch.empty((2, layout.rows), device=device)
+    residual = None if plan.resident else torch.empty(layout.rows, device=device)
+    progress = None if plan.resident else torch.empty((plan.total, 8), dtype=torch.int32, device=device)
+    num_warps, unroll, registers = (FEATURE_BLOCKS if stage.features else BLOCKS)[plan.columns]
+    if device.type == "cpu":
+        unroll = min(unroll, INTERPRETER_UNROLL)
+    cooperative = {"launch_cooperative_grid": True} if plan.grid and plan.resident else {}
+    spans = [(-1, plan.rounds)] if plan.resident else [(r, r + 1) for r in range(-1, plan.rounds)]
+    images = layout.segments if layout.packed else plan.images
+    for image in range(0, layout.segments, images):
+        programs = plan.total if layout.packed else min(images, layout.segments - image) * plan.slots
+        for span in spans:
+            launch(
+                greedy_kernel,
+                programs,
+                None if stage.features else kernel,
+                tokens if stage.features else None,
+                None if rows is None else order,
+                None if rows is None else rows.inv_norm,
+                rows.scale if rows is not None and stage.features else None,
+                unit,
+                own,
+                None if tier is None else tier.view(torch.uint8),
+                None if stop is None else stop.view(torch.uint8),
+                limits,
+                need if isinstance(need, torch.Tensor) else None,
+                layout.cu_seqlens,
+                *out,
+                factor,
+                row,
+                stage.slots if plan.grid else None,
+                residual,
+                progress,
+                *strides_k,
+                layout.strides(source) if stage.features else None,
+                layout.segments,
+                layout.n,
+                source.shape[-1] if stage.features else 0,
+                k,
+                need if stop is not None and isinstance(need, int) else k,
+                plan.slots,
+                plan.total,
+                image * plan.slots,
+                stage.above,
+                stage.upto,
+                *span,
+                BN=plan.columns,
+                BG=exchange_width(layout, plan),
+                BC=unroll,
+                BR=FEATURE_ROWS,
+                BD=FEATURE_COLS,
+                num_warps=num_warps,
+                num_stages=1,
+                registers=registers,
+                **cooperative,
+            )
+    return out

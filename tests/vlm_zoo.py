@@ -1,0 +1,296 @@
+"""Tiny random models of many image-text-to-text types of transformers, from their configs alone: no downloads.
+
+`make_model` shrinks a type's default config by the names of its sizes; `make_inputs` shows one image per prompt. What a
+type wants besides stands in `EXTRA` and `INPUTS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES  # noqa: E402
+
+IMAGE, VIDEO, START, END = 190, 191, 192, 193
+SIZES: dict[str, Any] = {}
+for names, size in (
+    ("hidden_size embed_dim d_model n_embd dim width projection_dim hidden_dim out_hidden_size projector_hidden_size "
+     "mm_hidden_size text_hidden_size vision_hidden_size projection_size aligner_projection_size", 64),
+    ("intermediate_size ffn_dim mlp_dim projector_intermediate_size shared_expert_intermediate_size "
+     "dense_intermediate_size intermediate_size_mlp feed_forward_length", 96),
+    ("num_hidden_layers num_layers n_layer", 3),
+    ("depth encoder_layers decoder_layers vision_layers", 3),
+    ("num_attention_heads num_heads encoder_attention_heads decoder_attention_heads n_head attention_heads "
+     "linear_num_value_heads", 4),
+    ("num_key_value_heads linear_num_key_heads", 2),
+    ("head_dim linear_key_head_dim linear_value_head_dim global_head_dim", 16),
+    ("vocab_size", 200),
+    ("image_size", 56),
+    ("patch_size", 14),
+    ("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
+    ("num_experts_per_tok moe_topk moe_k top_k_experts", 2),
+    ("moe_intermediate_size expert_ffn_hidden_size", 32),
+    ("n_group topk_group first_k_dense_replace n_shared_experts moe_num_shared_experts", 1),
+    ("q_lora_rank kv_lora_rank", 32),
+    ("qk_nope_head_dim qk_rope_head_dim v_head_dim", 16),
+    ("max_position_embeddings", 4096),
+    ("initializer_range", 0.15),
+    ("image_token_id image_token_index img_token_id", IMAGE),
+    ("video_token_id video_token_index", VIDEO),
+    ("vision_start_token_id image_start_token_id boi_token_id", START),
+    ("vision_end_token_id image_end_token_id eoi_token_id", END),
+    ("bos_token_id", 1),
+    ("eos_token_id", 2),
+    ("pad_token_id", 0),
+):  # fmt: skip
+    SIZES |= dict.fromkeys(names.split(), size)
+DROPPED = {
+    "layer_types",
+    "per_layer_config",
+    "mlp_layer_types",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "architectures",
+}
+
+
+def shrink(config: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    """The config as a dict of small sizes; extra: dotted names and their values, None to leave one out."""
+    small: dict[str, Any] = {}
+    for name, value in config.items():
+        if not isinstance(name, str) or name in DROPPED:
+            continue
+        if isinstance(value, dict):
+            small[name] = shrink(
+                value, {k.removeprefix(f"{name}."): v for k, v in extra.items() if k.startswith(f"{name}.")}
+            )
+        elif name in SIZES and value is not None and not isinstance(value, (list, tuple)):
+            small[name] = SIZES[name]
+        elif name == "mrope_section" and value:
+            small[name] = [2, 3, 3]
+        elif name.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= 200:
+            small[name] = 194
+        else:
+            small[name] = value
+    return small | {k: v for k, v in extra.items() if "." not in k}
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}
+HYBRID = {"text_config.layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+DEEP = {"vision_config.deepstack_visual_indexes": [0, 1]}
+ANYRES = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
+POOLED = {"mm_tokens_per_image": 16, "vision_config.image_size": 112}
+EXTRA: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    "cosmos3_omni": DEEP,
+    "gemma3": POOLED,
+    "glm46v": MROPE,
+    "glm4v": MROPE,
+    "glm4v_moe": {"text_config.rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "glm_ocr": MROPE,
+    "glmga": MROPE,
+    "got_ocr2": {"vision_config.image_size": 224},
+    "llava_next": ANYRES,
+    "llava_next_video": ANYRES,
+    "llava_onevision": ANYRES,
+    "pp_chart2table": {"vision_config.image_size": 224},
+    "qwen2_5_vl": MROPE,
+    "qwen2_vl": MROPE,
+    "qwen3_5": HYBRID,
+    "qwen3_5_moe": HYBRID,
+    "qwen3_vl": DEEP,
+    "qwen3_vl_moe": DEEP,
+    "qwen4_exp": HYBRID,
+    "shieldgemma2": POOLED,
+    "step3p7": {"text_config.sliding_window": 4096},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+}
+
+
+def make_config(kind: str) -> Any:
+    default = CONFIG_MAPPING[kind]()
+    return type(default).from_dict(shrink(default.to_dict(), EXTRA.get(kind, {})))
+
+
+def make_model(kind: str) -> Any:
+    name = TYPES[kind]
+    torch.manual_seed(7)
+    config = make_config(kind)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, name if isinstance(name, str) else name[0])(config).float().eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def vision_of(config: Any) -> Any:
+    return getattr(config, "vision_config", None) or config
+
+
+def square(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    side = getattr(vision_of(model.config), "image_size", 56)
+    side = side if isinstance(side, int) else side[0]
+    return {"pixel_values": noise(count, 3, side, side)}
+
+
+def patches(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    vision = vision_of(model.config)
+    depth = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    return {"pixel_values": noise(count * 96, depth), "image_grid_thw": torch.tensor([[1, 8, 12]] * count)}
+
+
+def sized(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return square(model, count, noise) | {"image_sizes": torch.tensor([[56, 56]] * count)}
+
+
+def crops(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    pixels = square(model, count, noise)["pixel_values"][:, None]
+    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(count, 1, *pixels.shape[-2:], dtype=torch.bool)}
+
+
+KINDS = (square, patches, sized, crops)
+
+
+def anyres(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return {"pixel_values": noise(count, 3, 3, 56, 56), "image_sizes": torch.tensor([[100, 50]] * count)}
+
+
+def naflex(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    depth = 3 * model.config.vision_config.patch_size**2
+    mask = torch.ones(count, 16, dtype=torch.long)
+    shapes = torch.tensor([[4, 4]] * count)
+    return {"pixel_values": noise(count, 16, depth), "spatial_shapes": shapes, "pixel_attention_mask": mask}
+
+
+def merged(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    return patches(model, count, noise) | {"image_merge_sizes": torch.tensor([2] * count)}
+
+
+def doubled(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    depth = 2 * 3 * model.config.vision_config.patch_size**2
+    return {"pixel_values": noise(count * 96, depth), "image_grid_thw": torch.tensor([[1, 8, 12]] * count)}
+
+
+def unfolded(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    side = model.config.vision_config.patch_size
+    return {"pixel_values": noise(count * 96, 3, side, side), "image_grid_thw": torch.tensor([[1, 8, 12]] * count)}
+
+
+INPUTS: dict[str, Any] = {
+    "kimi_k25": unfolded,
+    "lfm2_vl": naflex,
+    "llava_next": anyres,
+    "llava_next_video": anyres,
+    "llava_onevision": anyres,
+    "muse_glimmer": doubled,
+    "video_llama_3": merged,
+}
+
+
+def features(model: Any, pixels: dict[str, Any]) -> Any:
+    names = inspect.signature(model.base_model.get_image_features).parameters
+    with torch.no_grad():
+        return model.base_model.get_image_features(**{k: v for k, v in pixels.items() if k in names}, return_dict=True)
+
+
+def rows(output: Any) -> int:
+    pooled = output.pooler_output
+    parts = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
+    return sum(p.reshape(-1, p.shape[-1]).shape[0] for p in parts)
+
+
+def make_inputs(model: Any, kind: str, count: int = 1) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    errors = []
+    for way in [INPUTS[kind]] if kind in INPUTS else KINDS:
+        pixels = way(model, count, noise)
+        try:
+            total = rows(features(model, pixels))
+            break
+        except Exception as error:
+            errors.append(f"{way.__name__}: {type(error).__name__} {error}")
+    else:
+        raise AssertionError("; ".join(errors))
+    prompts = []
+    for i in range(count):
+        words = torch.randint(10, 180, (12,), generator=generator).tolist()
+        prompts.append([1, *words[: 3 + i], START, *[IMAGE] * (total // count), END, *words[5 - 3 + i : 9]])
+    width = max(map(len, prompts))
+    gaps = [width - len(p) for p in prompts]
+    ids = torch.tensor([[0] * g + p for g, p in zip(gaps, prompts, strict=True)])
+    mask = torch.tensor([[0] * g + [1] * len(p) for g, p in zip(gaps, prompts, strict=True)])
+    inputs = {"input_ids": ids, "attention_mask": mask} | pixels
+    names = inspect.signature(type(model).forward).parameters
+    for name in ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
+        if name in names:
+            inputs[name] = (ids == IMAGE).long()
+    return inputs
+
+
+def alone(both: dict[str, Any], i: int) -> dict[str, Any]:
+    """Prompt i of two, without padding; each takes half of every pixel input."""
+    valid = both["attention_mask"][i].bool()
+    own = {}
+    for name, value in both.items():
+        if value.shape == both["input_ids"].shape:
+            own[name] = value[i : i + 1, valid]
+        else:
+            own[name] = value.chunk(2)[i]
+    return own
+
+
+# The types that the tests hold, as transformers names them.
+PROVEN = (
+    "aria",
+    "aya_vision",
+    "cohere2_vision",
+    "cosmos3_edge",
+    "cosmos3_omni",
+    "deepseek_vl",
+    "exaone4_5",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "glm_ocr",
+    "glmga",
+    "got_ocr2",
+    "hy_v4_vl",
+    "hyperclovax_vision_v2",
+    "idefics3",
+    "internvl",
+    "lfm2_vl",
+    "lfm3_vl",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "minimax_m3_vl",
+    "mistral3",
+    "ovis2",
+    "paligemma",
+    "pp_chart2table",
+    "qianfan_ocr",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+)

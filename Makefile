@@ -2,6 +2,7 @@
 #
 #   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64"); installs only what it needs
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
+#   make test-vllm the plugin on vLLM's CPU build, in an environment of its own
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
@@ -33,7 +34,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -84,6 +85,11 @@ docs: $(VENV)/.docs
 # One process a core, one thread a process.
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+# On the real engine, in an environment of its own (Python 3.11 to 3.13, about 3.5 GB).
+test-vllm:
+	$(PYTHON) tests/vllm/install.py .venv-vllm
+	.venv-vllm/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini tests/vllm
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

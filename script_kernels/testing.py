@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from script_kernels import reference
+from script_kernels.options import GspOptions
 
 KINDS = ("gaussian", "clustered", "powerlaw", "photo")
 
@@ -274,24 +275,22 @@ def greedy_margin(kernel64: Tensor, k: int) -> float:
     return float(margin)
 
 
-def gsp_is_clear_cut(
-    tokens: Tensor, keep: int, *, threshold: float = 0.2, gamma: float = 1.0, min_degree: int = 4, rounds: int = 1
-) -> bool:
+def gsp_is_clear_cut(tokens: Tensor, keep: int, options: GspOptions) -> bool:
     """Whether float32 rounding cannot change what gsp keeps of tokens (1, N, D).
 
     In every round, no cosine is within 1e-6 of the threshold, and the last token dropped leads the first one kept by
     1e-5 of its score.
     """
-    quotas = reference.gsp_quotas(tokens.shape[1], keep, rounds)
+    quotas = reference.gsp_quotas(tokens.shape[1], keep, options.rounds)
     assert quotas is not None, "keep cannot be reached"
     left = torch.arange(tokens.shape[1])
     for quota in quotas:
         sources, destinations = tokens[:, left[0::2]], tokens[:, left[1::2]]
         cosines = reference.cosine(sources, destinations, torch.float64)
-        if ((cosines - threshold).abs() <= 1e-6).any():
+        if ((cosines - options.threshold).abs() <= 1e-6).any():
             return False
-        _, _, degree, mean, density = reference.bipartite_match(tokens[:, left], threshold, dtype=torch.float64)
-        rho = reference.redundancy_score(degree, mean, density, threshold, gamma, min_degree)[0]
+        _, _, degree, mean, density = reference.bipartite_match(tokens[:, left], options.threshold, dtype=torch.float64)
+        rho = reference.redundancy_score(degree, mean, density, options.threshold, options.gamma, options.min_degree)[0]
         score, order = rho.sort(descending=True)
         if 0 < quota < len(score) and score[quota - 1] - score[quota] <= 1e-5 * max(1.0, abs(float(score[quota - 1]))):
             return False

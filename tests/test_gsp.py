@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from script_kernels import reference, testing
+from script_kernels.options import GspOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -17,7 +18,7 @@ def clear_cut_tokens(kind, n, d, keep, *, dtype=torch.float32, **options):
         tokens = testing.make_tokens(kind, 1, n, d, dtype=dtype, seed=seed)
         if kind == "photo":
             tokens = tokens[:, torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-        if testing.gsp_is_clear_cut(tokens, keep, **options):
+        if testing.gsp_is_clear_cut(tokens, keep, GspOptions(**options)):
             return tokens
     raise AssertionError("no clear-cut tokens in 100 seeds")
 

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "library": set(),
     "reference": set(),
-    "testing": {"reference"},
+    "testing": {"reference", "options"},
     "triton": {"options"},
     "numpy": {"_core", "options"},
     "methods": {"", "checks", "options", "reference!"},

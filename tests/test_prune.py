@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from script_kernels import reference, testing
+from script_kernels.options import GspOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {
@@ -48,7 +49,7 @@ def compose(backend, tokens, query, keep, *, aligned=None, query_mask=None, nega
 def is_clear_cut(tokens, relevance, keep, options):
     """Whether float32 rounding cannot change what prune keeps of tokens (1, N, D)."""
     n = tokens.shape[1]
-    if not testing.gsp_is_clear_cut(tokens, survivors_of(n, options), **gsp_options(options)):
+    if not testing.gsp_is_clear_cut(tokens, survivors_of(n, options), GspOptions(**gsp_options(options))):
         return False
     kernel64 = testing.kernel64(tokens, relevance)[0]
     if options.get("combine") == "restrict":
@@ -194,7 +195,7 @@ def test_restrict_with_more_to_keep_than_survivors(backend, kind):
         tokens = testing.make_tokens(kind, 1, 48, 64, seed=seed)
         tokens = tokens[:, torch.randperm(48, generator=torch.Generator().manual_seed(seed))]
         options = {"gsp_drop": 0.5, "combine": "restrict"}
-        if not testing.gsp_is_clear_cut(tokens, 24):
+        if not testing.gsp_is_clear_cut(tokens, 24, GspOptions()):
             continue
         mask = reference.gsp(tokens, 24, dtype=torch.float64)[0][0]
         kept = backend.prune(tokens.to(backend.device), None, 32, **options)[0].cpu()

@@ -100,6 +100,74 @@ print(count(lambda: launch_prune_varlen(empty(2880, 4096), bounds, empty(5, 20, 
     assert done.stdout.split() == ["6", "6", "6", "5", "7"]
 
 
+EXCHANGE = """
+import pathlib, subprocess, sys, tempfile
+import triton
+from script_kernels import targets
+
+variants = ["64 stop of 32", "64 packed of 128", "256 tiers of 128", "1024 packed tiers of 128", "2048 stop of 32",
+            "512 packed tiers of 32 bfloat16"]
+tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+for launch in targets.collect(["greedy"], ("sm_80", "sm_90")):
+    if launch.variant in variants:
+        source = triton.compiler.ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+        target = targets.gpu_target(launch.target)
+        compiled = triton.compile(source, target=target, options=launch.options.__dict__)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            print("variant", launch.variant, launch.target, flush=True)
+            subprocess.run([tool, "-sass", file.name], check=True)
+"""
+
+
+def exchange_faults(code):
+    """What an exchange of keys needs of the machine code and this code lacks."""
+    faults = []
+    swaps = [i for i, line in enumerate(code) if "ATOMG" in line and "EXCH.64" in line]
+    if not swaps:
+        faults.append("no exchange")
+    for i in swaps:
+        before = code[max(0, i - 6) : i]
+        if not any("MEMBAR" in line and ".GPU" in line for line in before):
+            faults.append("no fence before the exchange")
+        if not any("BAR.SYNC" in line for line in code[:i]):
+            faults.append("no barrier before the exchange")
+    polls = [i for i, line in enumerate(code) if "LDG.E.64.STRONG.SYS" in line]
+    rows = [i for i, line in enumerate(code) if re.search(r"LDG\.E\.STRONG\.GPU", line)]
+    if not polls:
+        faults.append("polls that L1 may serve")
+    if len(rows) < 8:  # twice the rows of C that are read at once, four at least
+        faults.append("entries of C that L1 may serve")
+    if (
+        polls
+        and rows
+        and not any("BAR.SYNC" in line for line in code[polls[-1] : min(i for i in rows if i > polls[-1])])
+    ):
+        faults.append("no barrier between polls and C")
+    if any(re.search(r"\b(LDL|STL)\b", line) for line in code):
+        faults.append("local memory")
+    return faults
+
+
+def test_machine_code_of_the_exchange():
+    """What PTX does not promise and the exchange relies on, see kernels/greedy.py."""
+    done = run("-c", EXCHANGE)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split("variant ")[1:]
+    assert len(found) == 12
+    for text in found:
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)
+        assert len(code) > 500
+        assert exchange_faults(code) == [], text.partition("\n")[0]
+    # Negative controls: the same code with one thing gone
+    assert exchange_faults([line for line in code if "MEMBAR" not in line]) == ["no fence before the exchange"]
+    weak = [line.replace("LDG.E.STRONG.GPU", "LDG.E") for line in code]
+    assert exchange_faults(weak) == ["entries of C that L1 may serve"]
+    assert "polls that L1 may serve" in exchange_faults([line.replace(".STRONG.SYS", "") for line in code])
+    assert "no barrier between polls and C" in exchange_faults([line for line in code if "BAR.SYNC" not in line])
+
+
 BAD_KERNELS = """
 import torch
 import triton

@@ -12,9 +12,12 @@ from test_dpp import assert_greedy, bad_tokens, scattered_copies
 from triton_interpreter import DEVICE, quiet
 
 from script_kernels import reference, testing
+from script_kernels.options import PruneOptions
+from script_kernels.triton import prune
 from script_kernels.triton.dpp_map import launch_dpp_map
+from script_kernels.triton.kernels import plan
 from script_kernels.triton.kernels.greedy import launch_greedy
-from script_kernels.triton.kernels.layout import Layout
+from script_kernels.triton.kernels.layout import Layout, launch
 from script_kernels.triton.kernels.pairs import launch_pairs
 from script_kernels.triton.kernels.plan import Stage, plan_greedy
 from script_kernels.triton.kernels.rows import launch_rows
@@ -270,6 +273,59 @@ def test_dispatch_of_the_sizes_that_matter(monkeypatch):
     assert plan_greedy(device, Layout(1, 8192), 640).total == 128
     packed = plan_greedy(device, Layout(5, 2880, torch.zeros(6, dtype=torch.int32)), 64)
     assert packed.total == 2880 // packed.columns + 5 <= 132
+
+
+def test_a_launch_that_does_not_fit_says_what_to_do(monkeypatch):
+    """As Triton reports it where multiprocessors are held back from the process."""
+
+    class Kernel:
+        __name__ = "greedy_kernel"
+
+        def __getitem__(self, grid):
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    tensor = torch.empty(1)
+    with pytest.raises(RuntimeError, match=r"dpp_map, qcsp and prune: its 45 programs .*CUDA_MPS_ACTIVE"):
+        launch(Kernel(), 45, tensor, launch_cooperative_grid=True)
+    with pytest.raises(RuntimeError, match=r"^Triton Error"):
+        launch(Kernel(), 45, tensor)
+
+
+@pytest.mark.parametrize(
+    ("images", "n", "keep", "columns", "shared"),
+    [
+        (1, 576, 64, 1024, False),
+        (32, 576, 64, 1024, False),
+        (1, 2880, 320, 64, True),
+        (1, 8192, 640, 64, True),
+        (4, 2880, 320, 256, True),
+    ],
+)
+def test_dispatch_of_what_prune_launches(monkeypatch, images, n, keep, columns, shared):
+    """By the picks that its walk takes before it ends, 4/3 of `keep`, not by the length of the ranking, 2 `keep`."""
+    plans = []
+
+    def planned(device, layout, k, **options):
+        plans.append(plan_greedy(h100(monkeypatch), layout, k, **options))
+        return plans[-1]
+
+    class PlannedError(Exception):
+        pass
+
+    def stop(*arguments, **options):
+        raise PlannedError
+
+    monkeypatch.setattr(plan, "plan_greedy", planned)
+    monkeypatch.setattr(prune, "launch_pairs", stop)
+    monkeypatch.setattr(prune, "launch_rows", lambda *arguments, **options: None)
+    with pytest.raises(PlannedError):
+        prune.launch_prune(torch.empty(images, n, 8, device="meta"), None, keep, PruneOptions())
+    assert [(p.columns, p.grid, p.resident) for p in plans] == [(columns, shared, True)]
+
+
+def test_images_beyond_what_a_key_can_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="expected at most 268435456 per image"):
+        plan_greedy(torch.device("cpu"), Layout(1, 2**28 + 1), 64)
 
 
 def test_no_waiting_where_nothing_is_known_of_the_device():

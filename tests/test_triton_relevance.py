@@ -5,6 +5,7 @@ import torch
 from triton_interpreter import DEVICE, quiet
 
 from script_kernels import reference, testing
+from script_kernels.triton.kernels import rows
 from script_kernels.triton.kernels.layout import Layout
 from script_kernels.triton.kernels.rows import launch_rows
 from script_kernels.triton.query_relevance import launch_query_relevance
@@ -18,8 +19,8 @@ pytestmark = quiet
 
 def launch_token_stats(tokens):
     """Inverse norms and scales (B, N)."""
-    rows = launch_rows(tokens, Layout.of(tokens))
-    return rows.inv_norm.view(tokens.shape[:2]), rows.scale.view(tokens.shape[:2])
+    found = launch_rows(tokens, Layout.of(tokens))
+    return found.inv_norm.view(tokens.shape[:2]), found.scale.view(tokens.shape[:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,6 +112,27 @@ def test_negate_one_query_for_all_and_masks():
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.5
     assert_relevance(tokens, query.expand(3, -1, -1), mask)
     assert_relevance(tokens, query.expand(3, -1, -1), mask[:, :1].expand(3, 9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vectors", [32, 33, 100])
+def test_many_query_vectors(vectors, dtype):
+    """Norms of up to 32 are taken on the way, of more beforehand and all at once."""
+    tokens, query = testing.make_tokens("gaussian", 2, 20, 24, dtype=dtype), testing.make_query(2, vectors, 24)
+    query[0, 3], query[1, 30] = 0.0, float("nan")
+    if dtype != torch.float16:
+        query *= torch.logspace(-30, 30, vectors)[None, :, None]
+    mask = torch.rand(2, vectors, generator=torch.Generator().manual_seed(0)) < 0.7
+    assert_relevance(tokens, query.to(dtype), mask)
+    assert_relevance(tokens, query[:1].to(dtype), mask)
+
+
+def test_norms_of_many_query_vectors_are_not_taken_one_by_one(monkeypatch):
+    launched = []
+    monkeypatch.setattr(rows, "launch", lambda kernel, programs, *_, **__: launched.append((kernel, programs)))
+    query = torch.empty(3, 512, 64, device="meta")
+    rows.launch_mean_query(query, None, False, 3)
+    assert launched == [(rows.row_kernel, 3 * 512 // rows.BLOCK_ROWS), (rows.mean_query_kernel, 3)]
 
 
 def test_all_masked_or_constant_gives_ones_and_bad_tokens_zero():

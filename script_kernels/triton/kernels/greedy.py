@@ -13,11 +13,15 @@ level is exhausted and picks nothing, so k picks take at most k + 3 rounds.
 
 **Several programs per image.** Each publishes the best key of its columns and then reads those of all others. A key is
 never 0 and every round has its own slots, cleared beforehand: a slot that is not 0 is there, and no counter is needed.
-The key is published with release semantics behind a barrier of the block, so whoever sees it finds the block's row of C
-in L2; readers poll with volatile loads and read C[:m, j] past L1. They do without an acquire because that would empty
-L1, where a program keeps its own columns of C. Waiting needs every program resident: a cooperative launch no larger
-than the device. Where that is impossible (the interpreter, or more programs than fit) the same body runs one round per
-launch and keeps its registers in memory in between.
+The key is published with release semantics behind a barrier of the block, so the block's row of C is in L2 before it.
+Readers poll with volatile loads, wait for their block at a barrier, and read C[:m, j] past L1. The memory model of PTX
+would ask for an acquire in between, which empties L1, where a program keeps its own columns of C. Without it we rely on
+what the hardware does: loads of a thread are issued in the order of the code, and what goes past L1 finds in L2 what
+was there before the key. That the machine code is such - a fence before the exchange, polls and loads of C that no L1
+serves, a barrier between them - is held by a test for every architecture that we name, not by a promise of PTX.
+Waiting needs every program resident: a cooperative launch no larger than the device. Where that is impossible (the
+interpreter, or more programs than fit) the same body runs one round per launch and keeps its registers in memory in
+between.
 
 **Repeatable and batch-invariant.** The bits of a result depend neither on how many programs share an image nor on their
 width: a column is one chain of fused multiply-adds over the pivots in order, whatever block it lies in, and the maximum

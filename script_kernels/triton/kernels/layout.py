@@ -71,7 +71,16 @@ def launch(kernel: Any, programs: int, *arguments: Any, registers: int | None = 
     if registers is not None and device.type != "cpu" and torch.version.hip is None:
         options["maxnreg"] = registers
     with guard:
-        kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
+        try:
+            kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
+        except RuntimeError as error:
+            if "launch_cooperative_grid" not in options or "cooperative" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{kernel.__name__} of script.dpp_map, qcsp and prune: its {programs} programs wait for each other and "
+                f"the GPU has no room for all of them at once ({error}). A green context or an MPS limit "
+                "(CUDA_MPS_ACTIVE_THREAD_PERCENTAGE) may hold back multiprocessors: lift it for this process"
+            ) from error
 
 
 def saturate(x: float) -> float:

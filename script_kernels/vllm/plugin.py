@@ -1,0 +1,51 @@
+"""What vLLM calls in each of its processes, by the entry point `vllm.general_plugins`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .settings import from_environment
+
+# The architectures that can be pruned, and the classes in `models` that take their place.
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "PrunedLlava",
+    "LlavaNextForConditionalGeneration": "PrunedLlavaNext",
+    "InternVLForConditionalGeneration": "PrunedInternVL",
+    "Qwen2_5_VLForConditionalGeneration": "PrunedQwen2_5_VL",
+}
+
+
+def register() -> None:
+    """Puts the pruned classes in the place of the stock ones, which they are until something is configured.
+
+    Raises ValueError for a bad setting in the environment.
+    """
+    from vllm import ModelRegistry
+
+    from_environment()
+    for architecture, name in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, f"script_kernels.vllm.models:{name}")
+    refuse_others()
+
+
+def refuse_others() -> None:
+    """Has vLLM refuse at start-up to prune a model that cannot be, where it makes the model's processor."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    stock = MULTIMODAL_REGISTRY.create_processor
+    if getattr(stock, "refuses", False):
+        return
+
+    def create_processor(model_config: Any, **kwargs: Any) -> Any:
+        from .processing import engine_settings
+
+        settings = engine_settings(model_config)
+        names = model_config.architectures
+        if settings.on and not any(name in ARCHITECTURES for name in names):
+            raise ValueError(
+                f"script_keep: expected a model of one of {', '.join(ARCHITECTURES)}, got {', '.join(names)}"
+            )
+        return stock(model_config, **kwargs)
+
+    create_processor.refuses = True  # type: ignore[attr-defined]
+    MULTIMODAL_REGISTRY.create_processor = create_processor

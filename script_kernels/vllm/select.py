@@ -1,0 +1,102 @@
+"""Chooses the rows of one encoder step, and carries their places in the image through bf16 without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .. import prune_varlen
+from .settings import Order
+
+POSITION_CHANNELS = 3  # t, h, w
+
+
+def newline_rows(order: Order, base: int) -> Tensor:
+    """(before,) bool: the newline rows of an any-resolution image: one ends each line after the `base` view's rows."""
+    mask = torch.zeros(order.before, dtype=torch.bool)
+    if order.newlines:
+        rows = order.before - base
+        if rows <= 0 or rows % order.newlines:
+            raise RuntimeError(f"image rows: expected {order.newlines} lines after {base} rows, got {rows} rows")
+        width = rows // order.newlines
+        mask[base + width - 1 :: width] = True
+    return mask
+
+
+def unit_mean(vectors: Tensor) -> Tensor:
+    """(Q, C) -> (1, C): the mean of the unit vectors.
+
+    The mean cosine to Q vectors is the product with this one, and the scaling of `query_relevance` takes its length
+    off, so that questions of any number of words fit one call.
+    """
+    wide = torch.nn.functional.normalize(vectors.float(), dim=-1)
+    return wide.mean(0, keepdim=True).to(vectors.dtype)
+
+
+def choose(
+    features: Sequence[Tensor], orders: Sequence[Order], queries: Sequence[Tensor | None], width: int, base: int = 0
+) -> list[Tensor | None]:
+    """The rows that stay of each image, ascending int64, or None where all do.
+
+    features: (before, >= width) each; the first `width` channels are compared. queries: (1, width) each or None. Images
+    that have the same options and alike a query or none are chosen in one call of `prune_varlen`, all of them where
+    nothing was set per request.
+
+    Raises RuntimeError if the encoder gave another number of rows than the prompt was made for: vLLM would go on and
+    use the first ones.
+    """
+    groups: dict[tuple[object, bool], list[int]] = {}
+    for i, (rows, order) in enumerate(zip(features, orders, strict=True)):
+        if order.after == 0:
+            continue
+        if len(rows) != order.before:
+            raise RuntimeError(f"image rows: expected {order.before}, as the prompt was made for, got {len(rows)}")
+        if order.after != order.before:
+            groups.setdefault((order.options, queries[i] is None), []).append(i)
+    chosen: list[Tensor | None] = [None] * len(features)
+    for (options, unasked), members in groups.items():
+        device = features[members[0]].device
+        candidates = {i: (~newline_rows(orders[i], base)).nonzero()[:, 0].to(device) for i in members}
+        packed = torch.cat([features[i][:, :width].index_select(0, candidates[i]) for i in members])
+        ends = torch.tensor([0, *accumulate(len(candidates[i]) for i in members)], dtype=torch.int32)
+        keep = [orders[i].after for i in members]
+        query = None if unasked else torch.stack([_present(queries[i]) for i in members])
+        kept = prune_varlen(packed, ends.to(device), query, keep, **asdict(options))  # type: ignore[call-overload]
+        for i, own, start in zip(members, kept.split(keep), ends.tolist(), strict=False):
+            chosen[i] = candidates[i][own - start]
+    return chosen
+
+
+def _present(query: Tensor | None) -> Tensor:
+    assert query is not None
+    return query
+
+
+def _integers(dtype: torch.dtype) -> torch.dtype:
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
+def attach_positions(rows: Tensor, positions: Tensor) -> Tensor:
+    """rows (k, C), positions (k, 3) integers -> (k, C + 3): their bits, in channels of the rows' dtype."""
+    integers = _integers(rows.dtype)
+    limit = torch.iinfo(integers).max
+    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) > limit):
+        raise RuntimeError(
+            f"positions: expected 0 to {limit}, to be carried in {rows.dtype}, got {int(positions.max())}"
+        )
+    return torch.cat([rows, positions.to(rows.device, integers).view(rows.dtype)], dim=1)
+
+
+def detach_positions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(k, C + 3) -> rows (k, C), positions (k, 3) int64."""
+    bits = rows[:, -POSITION_CHANNELS:].contiguous().view(_integers(rows.dtype))
+    return rows[:, :-POSITION_CHANNELS], bits.long()
+
+
+def grid_positions(grid: tuple[int, int, int]) -> Tensor:
+    """(t * h * w, 3) int64: the (t, h, w) of each row of an image, in the encoder's order."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in grid)).view(-1, POSITION_CHANNELS)

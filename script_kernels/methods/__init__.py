@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from ._common import check, relevance_of
 from .diverse import divprune, mmr
 from .dpp import cdpruner, dpp, otprune, resprune, script
 from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
 
-__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "select"]
+__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "relevance_of", "select"]
 
 Method = Callable[..., torch.Tensor]
 
@@ -84,8 +85,6 @@ def select(
     chosen = get(method)
     if isinstance(method, str):
         return chosen(tokens, relevance, keep, **options)
-    from ._common import check
-
     check(tokens, relevance, keep)
     return checked(chosen(tokens, relevance, keep, **options), tokens, keep)
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, query_relevance
 from ..options import check_finite, check_int
 
 
@@ -54,3 +54,35 @@ def top(score: Tensor, keep: int) -> Tensor:
     """The `keep` tokens of largest score (B, N), ascending; between equals the lower index, NaN last."""
     order = torch.nan_to_num(score, nan=-math.inf).argsort(dim=1, descending=True, stable=True)
     return order[:, :keep].sort(1).values
+
+
+def relevance_of(
+    tokens: Tensor, query: Tensor, query_mask: Tensor | None = None, *, reduce: str = "mean", negate: bool = False
+) -> Tensor:
+    """Relevance (B, N) in [0, 1] of tokens (B, N, C) to query vectors (B or 1, Q, C), masked (B or 1, Q).
+
+    reduce "mean" is `script_kernels.query_relevance`, the mean cosine min-max scaled over the image's tokens; "max"
+    takes the largest cosine instead, so that one word that fits is not averaged away.
+
+    Raises:
+        ValueError, TypeError: what `query_relevance` raises, or another `reduce`.
+    """
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"reduce: expected 'mean' or 'max', got {reduce!r}")
+    if reduce == "mean":
+        return query_relevance(tokens, query, query_mask, negate=negate)
+    checks.query_relevance(tokens, query, query_mask, negate)
+    if query.shape[1] == 0:
+        return ones(tokens)
+    score = unit(tokens) @ unit(query).mT
+    if query_mask is not None:
+        score = score.masked_fill(~query_mask[:, None], -2.0)  # below any cosine
+    largest, good = score.amax(-1), finite(tokens)
+    largest = -largest if negate else largest
+    if tokens.shape[1] == 0:
+        return largest
+    low = largest.masked_fill(~good, math.inf).amin(1, keepdim=True)
+    high = largest.masked_fill(~good, -math.inf).amax(1, keepdim=True)
+    flat = high - low <= 1e-6
+    scaled = torch.where(flat, 1.0, (largest - low) / torch.where(flat, 1.0, high - low))
+    return scaled.masked_fill(~good, 0.0)

@@ -46,6 +46,12 @@ class Candidate:
         """One string for each candidate, the same from run to run."""
         return json.dumps(asdict(self), sort_keys=True)
 
+    @property
+    def name(self) -> str:
+        """For people: the method, its options, and the relevance it gets."""
+        options = "".join(f" {k}={v}" for k, v in self.options.items())
+        return self.method + options + (f", {self.reduce}{' negated' if self.negate else ''}" if self.query else "")
+
 
 def candidates() -> list[Candidate]:
     """The grid that `calibrate` searches if it is given none: sign, reduction, power, mixture, method, share of GSP."""
@@ -91,6 +97,20 @@ class Calibration:
             kl, agreement = f"{row.kl:.4f} ± {row.half:.4f}", f"{100 * row.agreement:.1f} %"
             lines.append(f"| {c.method} | {options} | {relevance} | {row.inputs} | {kl} | {agreement} |")
         return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the divergences with their intervals, best on top; needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        rows = self.rows[::-1]
+        figure = Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
+        axis = figure.subplots()
+        half = [0.0 if math.isinf(row.half) else row.half for row in rows]
+        axis.errorbar([row.kl for row in rows], range(len(rows)), xerr=half, fmt="o", markersize=4, capsize=2)
+        axis.set_yticks(range(len(rows)), [f"{row.candidate.name}  ({row.inputs})" for row in rows], fontsize=7)
+        axis.set_xlabel(f"KL from the unpruned model, nats a token, {self.keep} tokens kept; (inputs seen)")
+        axis.set_xlim(left=0)
+        figure.savefig(path, dpi=130)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, whole or not at all."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from script_kernels.calibrate import Calibration, Candidate, calibrate
+from script_kernels.calibrate import Calibration, Candidate, calibrate, candidates
 
 from .families import ALONG, family_of, token_id, unwrap
 from .layouts import MODALITIES
@@ -62,6 +63,66 @@ def calibrate_model(
         _check(model, given, n)
     compared = _Comparison(model, keep, first_tokens, tokenizer, arguments)
     return calibrate(compared, inputs, keep=keep, budget=budget, grid=grid, path=path, progress=progress)
+
+
+def calibrate_folder(
+    model_path: str,
+    images: pathlib.Path,
+    questions: pathlib.Path,
+    *,
+    keep: int,
+    budget: int | None = None,
+    grid: Sequence[Candidate] | None = None,
+    **options: Any,
+) -> Calibration:
+    """`calibrate_model` on pictures in a folder, with a line of `questions` for each: file name, tab, question.
+
+    budget: None: 16 times the candidates. options: as `calibrate_model` takes them.
+
+    Raises:
+        ValueError: a line of another form, no line at all, a picture that is not there; OSError: no such model or file.
+    """
+    asked = read_questions(images, questions)
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model_path)
+    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype="auto").eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = []
+    for path, question in asked:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        made = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        inputs.append(made.to(model.device, model.dtype))
+    grid = candidates() if grid is None else grid
+    budget = 16 * len(grid) if budget is None else budget
+    return calibrate_model(model, inputs, keep=keep, tokenizer=processor, budget=budget, grid=grid, **options)
+
+
+def read_questions(images: pathlib.Path, questions: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
+    """Pictures and questions; blank lines count for nothing."""
+    asked = []
+    for n, line in enumerate(questions.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        name, tab, question = line.partition("\t")
+        if not (name.strip() and tab and question.strip()):
+            raise ValueError(f"{questions}:{n}: expected a file name, a tab and a question, got {line[:80]!r}")
+        path = images / name.strip()
+        if not path.is_file():
+            raise ValueError(f"{questions}:{n}: expected a picture in {images}, got {name.strip()!r}")
+        asked.append((path, question.strip()))
+    if not asked:
+        raise ValueError(f"{questions}: expected lines of a file name, a tab and a question, got none")
+    return asked
 
 
 class _Comparison:

@@ -9,6 +9,7 @@ it goes to results/seed<n>-<split>.npz, from which `python -m bench.judge report
 """
 
 import argparse
+import dataclasses
 import pathlib
 import time
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import script_kernels
 from script_kernels import methods
+from script_kernels.calibrate import Candidate, calibrate
 
 from .model import Judge
 from .scenes import KINDS, Composer, Scene
@@ -31,7 +32,8 @@ TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "test": 3_000_017}
-IMAGES = {"val": 60, "test": 150}
+IMAGES = {"val": 48, "test": 80}
+PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,12 @@ class Setting:
     source: str = ""
     reduce: str = "mean"
     negate: bool = False
+    label: str = ""
 
     @property
     def name(self) -> str:
+        if self.label:
+            return self.label
         parts = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items()]
         parts += [self.source] * bool(self.source) + ["max"] * (self.reduce == "max") + ["inverted"] * self.negate
         return self.method + (f" ({', '.join(parts)})" if parts else "")
@@ -69,8 +74,8 @@ def settings() -> list[Setting]:
         ]
         for knob in ({"power": 0.5}, {"power": 2.0}, {"power": 4.0}, {"mix": 0.5}, {"mix": 0.8}, {"floor": 0.3}):
             asked.append(Setting("cdpruner", knob, reduce="max", **s))
-        asked += [Setting("cdpruner", {"power": 2.0}, **s), Setting("cdpruner", {"mix": 0.5}, **s)]
-        asked += [Setting("script", **s), Setting("script", reduce="max", **s)]
+        asked += [Setting("cdpruner", knob, **s) for knob in ({"power": 2.0}, {"mix": 0.5}, {"mix": 0.3})]
+        asked += [Setting("script", **s), Setting("script", reduce="max", **s), Setting("script", {"mix": 0.5}, **s)]
         for combine in ("restrict", "union"):
             asked.append(Setting("script", {"combine": combine}, reduce="max", **s))
         asked += [Setting("script", {"gsp_drop": 0.5}, reduce="max", **s)]
@@ -79,20 +84,9 @@ def settings() -> list[Setting]:
         asked += [Setting("script", {"gsp_drop": 0.75, "rounds": 3, "combine": "restrict"}, reduce="max", **s)]
         asked += [Setting("resprune", reduce="max", **s), Setting("resprune", {"alpha": 4.0}, reduce="max", **s)]
         asked += [Setting("mmr", {"balance": b}, reduce="max", **s) for b in (0.5, 0.8)]
-        asked += [Setting("relevance", **s), Setting("relevance", reduce="max", **s), Setting("released_script", **s)]
+        asked += [Setting("relevance", **s), Setting("relevance", reduce="max", **s)]
     oracle = [Setting("relevance", source="evidence"), Setting("cdpruner", {"floor": 0.3}, source="evidence")]
-    return free + asked + oracle
-
-
-def relevance_of(tokens: Tensor, query: Tensor, mask: Tensor, reduce: str, negate: bool) -> Tensor:
-    """Relevance (B, N) of tokens (B, N, C) to query vectors (B, Q, C): mean or largest cosine, min-max scaled."""
-    if reduce == "mean":
-        return script_kernels.query_relevance(tokens, query, mask, negate=negate)
-    cosine = F.normalize(tokens, dim=-1) @ F.normalize(query, dim=-1).mT
-    score = cosine.masked_fill(~mask[:, None], -2.0).amax(-1)
-    score = -score if negate else score
-    low, high = score.amin(1, keepdim=True), score.amax(1, keepdim=True)
-    return (score - low) / (high - low).clamp(min=1e-6)
+    return [*free, *asked, Setting("released_script", source="pair"), *oracle]
 
 
 @dataclass
@@ -150,11 +144,10 @@ class Exam:
         # Only the question: a number's first digit stands among the words to predict the second from.
         last = (self.answers[at] > 0).float().argmax(1)
         known = torch.arange(words.shape[1]) <= last[:, None]
+        how: dict[str, Any] = {"reduce": setting.reduce, "negate": setting.negate}
         if setting.source == "pair":
-            return relevance_of(
-                self.aligned[image], self.judge.tower.query(words), known, setting.reduce, setting.negate
-            )
-        return relevance_of(self.tokens[image], self.judge.words(words), known, setting.reduce, setting.negate)
+            return methods.relevance_of(self.aligned[image], self.judge.tower.query(words), known, **how)
+        return methods.relevance_of(self.tokens[image], self.judge.words(words), known, **how)
 
     @torch.no_grad()
     def kept(self, setting: Setting, keep: int) -> Tensor:
@@ -179,7 +172,8 @@ class Exam:
                 index = kept[at][..., None]
                 tokens = tokens.gather(1, index.expand(-1, -1, tokens.shape[2]))
                 position = position.gather(1, index.expand(-1, -1, 2))
-            logits = self.judge(tokens, position, self.words[at][:, None])[:, 0]
+            with torch.autocast("cpu", torch.bfloat16):  # as it was trained
+                logits = self.judge(tokens, position, self.words[at][:, None])[:, 0].float()
             said.append(logits.argmax(-1))
             last = (self.answers[at] > 0).float().argmax(1)
             first.append(F.log_softmax(logits[torch.arange(len(at)), last], -1))
@@ -204,6 +198,36 @@ def auc(score: Tensor, evidence: Tensor) -> float:
 def exam(seed: int, split: str, images: int | None = None) -> Exam:
     composer, rng = Composer(split), np.random.default_rng(GENERATORS[split])
     return Exam.of(load(seed), [composer.scene(rng) for _ in range(images or IMAGES[split])])
+
+
+def calibrated(seed: int, keep: int = 64) -> Setting:
+    """The setting that calibration finds on PAIRS training images with a question each, and no answers."""
+    composer, rng = Composer("train"), np.random.default_rng([seed, 32])
+    given = Exam.of(load(seed), [composer.scene(rng) for _ in range(PAIRS)])
+    first = [given.image.tolist().index(b) for b in range(PAIRS)]
+    # One question of each image, and of every kind in turn.
+    at = torch.tensor([f + b % int((given.image == b).sum()) for b, f in enumerate(first)])
+    for name in ("image", "words", "answers", "evidence"):
+        setattr(given, name, getattr(given, name)[at])
+    given.kind = [given.kind[n] for n in at.tolist()]
+    seen: dict[str, Tensor] = {}
+
+    def run(n: int, candidate: Candidate | None) -> Tensor:
+        key = "" if candidate is None else candidate.key
+        if key not in seen:  # all questions at once: one by one would take the small model longer
+            kept = None if candidate is None else given.kept(setting_of(candidate), keep)
+            seen[key] = given.answer(kept)[1]
+        return seen[key][n][None]
+
+    found = calibrate(run, list(range(PAIRS)), keep=keep)
+    print(found.table())
+    return dataclasses.replace(setting_of(found.best), label=f"calibrated on {PAIRS} pairs")
+
+
+def setting_of(candidate: Candidate) -> Setting:
+    """A candidate with the relevance that `prune_inputs` gives it, that of the embeddings of the question's words."""
+    source = "words" if candidate.query else ""
+    return Setting(candidate.method, candidate.options, source, candidate.reduce, candidate.negate)
 
 
 def evaluate(given: Exam, chosen: list[Setting], keeps: tuple[int, ...], log: Any = print) -> dict[str, Any]:
@@ -259,8 +283,10 @@ def main(argv: list[str] | None = None) -> None:
     if given.split == "test":
         from .report import reported
 
-        chosen, keeps = reported(), KEEPS
+        chosen, keeps = [*reported(), calibrated(given.seed)], KEEPS
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
+    if given.split == "test":
+        found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)
     RESULTS.mkdir(exist_ok=True)
     np.savez_compressed(RESULTS / f"seed{given.seed}-{given.split}.npz", **found)
 

@@ -155,6 +155,14 @@ class Tower(nn.Module):
         return found
 
 
+def missed(block: Block, match: Tensor) -> Tensor:
+    """Mean negative log of the share of attention that a block's first head gives to the `match` (B, text, N)."""
+    query, key = block.seen
+    look = F.log_softmax((query @ key.mT).float() / math.sqrt(key.shape[-1]), -1)
+    on = match.any(-1)
+    return -look.masked_fill(~match, -math.inf)[on].logsumexp(-1).mean()
+
+
 class Judge(nn.Module):
     def __init__(self, sizes: Sizes | None = None) -> None:
         super().__init__()
@@ -173,9 +181,10 @@ class Judge(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(WORDS)))
         for block in layers:
             # Queries that begin as the keys do look for their like: a word finds its picture from the first step on.
-            q, k, _ = block.qkv.weight.data.chunk(3)
+            # What is looked at is passed on as it is: a name that was found can be said without learning to copy it.
+            q, k, v = block.qkv.weight.data.chunk(3)
             k.copy_(q.mul_(1.5))
-            nn.init.normal_(block.out.weight, std=0.02)
+            block.out.weight.data.copy_(v.mT)
             nn.init.normal_(block.down.weight, std=0.02)
         nn.init.normal_(self.words.weight, std=0.3)
 
@@ -204,24 +213,22 @@ class Judge(nn.Module):
             x = block.answer(x, rotary, N, mask, n == len(self.blocks) - 1)
         return self.read(self.norm(x)).view(B, Q, T, -1)
 
-    def pointing(self, words: Tensor, things: Tensor, colours: Tensor) -> Tensor:
-        """How little the first head of the first layer looks, from a word, at the tokens of that name.
+    def pointing(self, words: Tensor, answers: Tensor, things: Tensor, colours: Tensor) -> Tensor:
+        """How little one head each of the first two layers looks at what it should, for the forward pass just made.
 
-        For the forward pass just made: words (B, Q, LENGTH), labels (B, N).
+        The first layer's looks from a word at the tokens of that name, the second's, where a letter or digit is to be
+        answered, at the tokens that show it. words and answers (B, Q, LENGTH), labels (B, N).
         """
-        first = self.blocks[0]
-        assert isinstance(first, Block)
-        query, key = first.seen
-        look = F.log_softmax((query @ key.mT).float() / math.sqrt(key.shape[-1]), -1)  # (B, text, N)
-        named = torch.tensor([-1] + [WORD[w] for w in (*LETTERS, *"0123456789")])[things]
-        toned = torch.tensor([-1] + [WORD[w] for w in COLOUR_NAMES])[colours]
-        sheet = things > len(LETTERS)
+        named = torch.tensor([-1] + [WORD[w] for w in (*LETTERS, *"0123456789")])[things][:, None]
+        toned = torch.tensor([-1] + [WORD[w] for w in COLOUR_NAMES])[colours][:, None]
         said = words.flatten(1)[:, :, None]
-        is_letter_or_colour = (said >= 1) & (said <= len(LETTERS) + len(COLOUR_NAMES))
-        match = is_letter_or_colour & ((said == named[:, None]) | (said == toned[:, None]))
-        match = match | ((said == WORD["number"]) & sheet[:, None])
-        on = match.any(-1)
-        return -look.masked_fill(~match, -math.inf)[on].logsumexp(-1).mean()
+        is_name = (said >= 1) & (said <= len(LETTERS) + len(COLOUR_NAMES))  # a number's first digit is no name
+        match = is_name & ((said == named) | (said == toned))
+        match = match | ((said == WORD["number"]) & (things > len(LETTERS))[:, None])
+        first, second = self.blocks[0], self.blocks[1]
+        assert isinstance(first, Block)
+        assert isinstance(second, Block)
+        return missed(first, match) + missed(second, answers.flatten(1)[:, :, None] == named)
 
     def grounding(self, tokens: Tensor, things: Tensor, colours: Tensor) -> Tensor:
         """How far the projected tokens on a tile are from its words, in the language model's own vocabulary."""

@@ -119,7 +119,7 @@ class Composer:
             return None
 
         small = ([2, 1], [2, 0], [0, 1, 1], [2, 1, 1])
-        plan = [2, 2, 0, 1, 1, 1] if grid == GRID else small[rng.integers(len(small))]
+        plan = {GRID: [2, 2, 0, 1, 1, 1], 16: [2, 2, 0, 1]}.get(grid) or small[rng.integers(len(small))]
         letters = rng.permutation(len(LETTERS))
         few = rng.permutation(len(COLOUR_NAMES))[:4] if rng.random() < 0.7 else np.arange(len(COLOUR_NAMES))
         tiles: list[tuple[int, int, int, int]] = []  # letter, colour, row, column

@@ -32,7 +32,8 @@ TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "test": 3_000_017}
-IMAGES = {"val": 48, "test": 80}
+IMAGES = {"val": 48, "test": 60}
+BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
 
@@ -163,21 +164,33 @@ class Exam:
 
     @torch.no_grad()
     def answer(self, kept: Tensor | None, image: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Words said (questions, LENGTH) and log-probabilities of the first answer (questions, words)."""
-        said, first = [], []
+        """Words said (questions, LENGTH) and log-probabilities of the first answer (questions, words).
+
+        Questions that see the same tokens of the same image share a sequence.
+        """
         image = self.image if image is None else image
-        for at in torch.arange(len(self)).split(64):
+        groups: dict[Any, list[int]] = {}
+        for n, b in enumerate(image.tolist()):
+            groups.setdefault((b, b"" if kept is None else kept[n].numpy().tobytes()), []).append(n)
+        said = torch.empty_like(self.answers)
+        first = torch.empty(len(self), self.judge.bias.numel())
+        last = (self.answers > 0).float().argmax(1)
+        alike = sorted(groups.values(), key=len)
+        while alike:
+            some, alike = alike[:BATCH], alike[BATCH:]
+            at = torch.tensor([g[0] for g in some])
             tokens, position = self.tokens[image[at]], self.position[image[at]]
             if kept is not None:
                 index = kept[at][..., None]
                 tokens = tokens.gather(1, index.expand(-1, -1, tokens.shape[2]))
                 position = position.gather(1, index.expand(-1, -1, 2))
+            asked = [g + g[:1] * (len(some[-1]) - len(g)) for g in some]  # the longest comes last
             with torch.autocast("cpu", torch.bfloat16):  # as it was trained
-                logits = self.judge(tokens, position, self.words[at][:, None])[:, 0].float()
-            said.append(logits.argmax(-1))
-            last = (self.answers[at] > 0).float().argmax(1)
-            first.append(F.log_softmax(logits[torch.arange(len(at)), last], -1))
-        return torch.cat(said), torch.cat(first)
+                logits = self.judge(tokens, position, self.words[torch.tensor(asked)]).float()
+            for b, group in enumerate(some):
+                said[group] = logits[b, : len(group)].argmax(-1)
+                first[group] = F.log_softmax(logits[b, torch.arange(len(group)), last[group]], -1)
+        return said, first
 
     def right(self, said: Tensor, like: Tensor | None = None) -> Tensor:
         """(questions,) bool: every asked word as in `like`, the true answers if None."""

@@ -1,6 +1,7 @@
-"""The command `script-kernels`: `demo` draws what pruning does to a photograph, `info` tells what is installed."""
+"""The command `script-kernels`: `demo` draws what pruning does, `calibrate` searches options, `info` tells versions."""
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,12 +15,14 @@ DEMO_COMMAND = "pip install matplotlib scikit-image"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status: 0, or 1 where an extra is missing. Bad arguments exit with 2."""
-    parser, demo = _parsers()
+    parser, demo, calibrate = _parsers()
     arguments = parser.parse_args(argv)
+    if arguments.command == "calibrate":
+        return _calibrate(calibrate, arguments)
     return _demo(demo, arguments) if arguments.command == "demo" else _info(arguments.json)
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(prog="script-kernels", description="Visual-token pruning kernels.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -46,9 +49,26 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     demo.add_argument(
         "--text", default="What is in this picture?", help="the question with --model (default: %(default)s)"
     )
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find, on your own pictures and questions, the selection that changes a model least",
+        description="Compares a transformers model's next-token distributions, pruned and unpruned; needs no labels.",
+    )
+    calibrate.add_argument("--model", required=True, metavar="PATH_OR_ID", help="a transformers model")
+    calibrate.add_argument("--images", required=True, type=Path, metavar="DIR")
+    calibrate.add_argument(
+        "--questions", required=True, type=Path, metavar="FILE", help="lines of a file name in DIR, a tab, a question"
+    )
+    calibrate.add_argument("--keep", type=int, default=64, help="tokens to keep of each image (default: %(default)s)")
+    calibrate.add_argument("--budget", type=int, metavar="N", help="pruned runs at most (default: 16 a candidate)")
+    calibrate.add_argument("--tokens", type=int, default=4, help="of each answer, to compare (default: %(default)s)")
+    calibrate.add_argument(
+        "--output", type=Path, default=Path("calibration.json"), metavar="PATH", help="default: %(default)s"
+    )
+    calibrate.add_argument("--plot", type=Path, metavar="PATH", help="also draws the table; needs matplotlib")
     info = commands.add_parser("info", help="versions, libraries loaded or why not, what the machine offers")
     info.add_argument("--json", action="store_true", help="the same as one JSON object, for programs and bug reports")
-    return parser, demo
+    return parser, demo, calibrate
 
 
 def _box(text: str) -> tuple[int, int, int, int]:
@@ -82,6 +102,44 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         )
     except demo.InputError as error:
         parser.error(str(error))
+    return 0
+
+
+def _calibrate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    try:
+        from script_kernels.transformers.calibrate import calibrate_folder
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("script_kernels"):
+            raise
+        print(f"{parser.prog}: {error.name} is not installed: pip install transformers pillow", file=sys.stderr)
+        return 1
+
+    def progress(done: int, most: int) -> None:
+        print(f"{done} of at most {most} pruned runs", file=sys.stderr)
+
+    try:
+        # What a run that was cut has seen serves only a run on the same questions.
+        asked = f"{arguments.model} {arguments.images} {arguments.tokens}\n{arguments.questions.read_text('utf-8')}"
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:12]
+        seen = arguments.output.with_name(f"{arguments.output.name}.{digest}.seen")
+        found = calibrate_folder(
+            arguments.model,
+            arguments.images,
+            arguments.questions,
+            keep=arguments.keep,
+            budget=arguments.budget,
+            first_tokens=arguments.tokens,
+            path=seen,
+            progress=progress,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    found.save(arguments.output)
+    seen.unlink(missing_ok=True)
+    if arguments.plot:
+        found.plot(arguments.plot)
+    print(found.table())
+    print(f"{arguments.output}: {found.best.name}")
     return 0
 
 

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 TORCH = pathlib.Path(torch.__file__).parent
 
-TRITON_OPS = [name for name in ops.NAMES if name != "mask_intersect"]  # in the schemas' order
+NAMES = [op.name for op in ops.OPS]
+TRITON_OPS = [name for name in NAMES if name != "mask_intersect"]  # in the schemas' order
 
 
 def run_python(code: str) -> str:
@@ -28,15 +29,16 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ops.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_op_has_a_cuda_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"script::{name}", "CUDA")
 
 
-def test_triton_launchers_get_every_argument_in_the_schemas_order() -> None:
-    """CPU tensors, sent to the CUDA key by hand; each launcher is replaced by one that records what it gets."""
+def test_triton_launchers_get_every_argument_of_the_schema() -> None:
+    """CPU tensors, sent to the CUDA key by hand; each launcher is replaced by one that records what it gets: the first
+    arguments in the schema's order, options as one value, the rest by name."""
     printed = run_python("""
-        import sys, types, torch
+        import dataclasses, sys, types, torch
         import script_kernels
 
         class Launched(Exception):
@@ -56,8 +58,13 @@ def test_triton_launchers_get_every_argument_in_the_schemas_order() -> None:
         for name, (positional, options) in given.items():
             calls = []
 
-            def launch(*arguments):
-                calls.append(arguments)
+            names = [argument.name for argument in getattr(torch.ops.script, name).default._schema.arguments]
+
+            def launch(*arguments, **named):
+                values = [x for x in arguments if not dataclasses.is_dataclass(x)]
+                for value in arguments[len(values):]:
+                    named.update(dataclasses.asdict(value))
+                calls.append(dict(zip(names, values)) | named)
                 raise Launched
 
             module = types.ModuleType(f"script_kernels.triton.{name}")
@@ -69,15 +76,15 @@ def test_triton_launchers_get_every_argument_in_the_schemas_order() -> None:
                     op.redispatch(cuda, *positional, **options)
                 except Launched:
                     pass
-            expected = list(positional)
-            for argument in op._schema.arguments[len(expected):]:
-                expected.append(options.get(argument.name, argument.default_value))
+            expected = {argument.name: argument.default_value for argument in op._schema.arguments}
+            expected |= dict(zip(names, positional)) | options
             assert len(calls) == 2, name
             for got in calls:
-                assert len(got) == len(expected), (name, got, expected)
-                for one, other in zip(got, expected):
+                assert got.keys() == expected.keys(), (name, got, expected)
+                for key in got:
+                    one, other = got[key], expected[key]
                     same = torch.equal(one, other) if torch.is_tensor(one) else one == other
-                    assert same, (name, one, other)
+                    assert same, (name, key, one, other)
             print(name)
     """)
     assert printed.split() == TRITON_OPS
@@ -114,7 +121,7 @@ def test_fakes_stay_on_the_device_of_their_inputs() -> None:
             "prune": script_kernels.prune(x, None, 7),
             "prune_varlen": script_kernels.prune_varlen(packed, ends, None, [5, 6]),
         }
-    assert set(outputs) == set(ops.NAMES)
+    assert set(outputs) == set(NAMES)
     shapes = {}
     for name, output in outputs.items():
         parts = output if isinstance(output, tuple) else (output,)

@@ -25,9 +25,12 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"reference", "options"},
     "triton": {"options"},
     "numpy": {"_core", "options"},
+    "methods": {"", "checks", "options", "reference!"},
+    "calibrate": {"options"},
 }
 # Demo, command line and integrations: users of the public functions, and of the oracle to compare with.
-INTEGRATION = {"", "numpy", "library", "options", "_core!", "demo!", "info!", "reference!", "transformers!", "triton!"}
+INTEGRATION = {"", "numpy", "library", "options", "methods", "calibrate"}
+INTEGRATION |= {"_core!", "demo!", "info!", "reference!", "transformers!", "triton!"}
 # What importing these modules may load besides the standard library; other packages are imported where they are used.
 LOADS = {
     "__init__": set(),

@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -117,27 +118,35 @@ def test_threads_change_no_bit(batch: int) -> None:
 
 
 def test_more_threads_are_used() -> None:
-    """The process has been on more threads than one while a call with two of them ran."""
-    tokens = np.random.default_rng(0).standard_normal((2, 2048, 512)).astype(np.float32)
-    tasks = pathlib.Path("/proc/self/task")
-    if not tasks.exists():
+    """A process of its own, which nothing else gives threads, has been on more than one while a call ran."""
+    if not pathlib.Path("/proc/self/task").exists():
         pytest.skip("needs /proc")
+    code = """
+        import os, threading
+        import numpy as np
+        import script_kernels.numpy
 
-    def most(threads: int) -> int:
-        seen, done = [0], threading.Event()
+        tokens = np.random.default_rng(0).standard_normal((2, 2048, 512)).astype(np.float32)
 
-        def watch() -> None:
-            while not done.is_set():
-                seen.append(len(list(tasks.iterdir())))
+        def most(threads):
+            seen, done = [0], threading.Event()
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        script_numpy.prune(tokens, None, 512, threads=threads)
-        done.set()
-        watcher.join()
-        return max(seen)
+            def watch():
+                while not done.is_set():
+                    seen.append(len(os.listdir("/proc/self/task")))
 
-    assert most(3) > most(1)
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            script_kernels.numpy.prune(tokens, None, 512, threads=threads)
+            done.set()
+            watcher.join()
+            return max(seen)
+
+        print(most(1), most(3))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    alone, shared = map(int, done.stdout.split())
+    assert shared > alone
 
 
 def test_an_error_in_a_thread_reaches_the_caller() -> None:

@@ -220,3 +220,43 @@ def test_presets_of_seven_billion_have_that_size(name: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(prefill.PRESETS[name].config())
     assert 6.7e9 < sum(p.numel() for p in model.parameters()) < 8.5e9
+
+
+def test_calibrate_a_folder_of_pictures(
+    saved_llava: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from script_kernels import cli
+    from script_kernels.calibrate import Calibration, candidates
+
+    for n in range(2):
+        photo(90 + 30 * n, 90).save(tmp_path / f"{n}.png")
+    questions = tmp_path / "questions.tsv"
+    questions.write_text("0.png\twhat is the car ?\n\n1.png\twhat colour is the car ?\n")
+    given = ["calibrate", "--model", str(saved_llava), "--images", str(tmp_path), "--questions", str(questions)]
+    output = tmp_path / "found.json"
+    budget = ["--budget", str(len(candidates()) + 6), "--tokens", "2"]
+    assert (
+        cli.main([*given, "--keep", "5", "--output", str(output), "--plot", str(tmp_path / "found.png"), *budget]) == 0
+    )
+    found = Calibration.load(output)
+    out, err = capsys.readouterr()
+    assert not list(tmp_path.glob("*.seen"))  # it went through: nothing to go on from
+    assert found.table() in out
+    assert found.best.name in out
+    assert "pruned runs" in err
+    assert (tmp_path / "found.png").stat().st_size > 1000
+    assert {row.inputs for row in found.rows} == {1, 2}
+    model, processor = make_model("llava"), transformers.AutoProcessor.from_pretrained(saved_llava)
+    inputs = processor(images=photo(90, 90), text="USER : <image> what is the car ? ASSISTANT :", return_tensors="pt")
+    assert len(prune_inputs(model, inputs, calibration=output, tokenizer=processor).keep_indices[0]) == 5
+
+    for text, message in [
+        ("0.png what is it\n", "expected a file name, a tab and a question"),
+        ("2.png\twhat is the car ?\n", "expected a picture in"),
+        ("\n", "got none"),
+    ]:
+        questions.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(given)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err

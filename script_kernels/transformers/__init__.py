@@ -4,6 +4,7 @@
 `script_pruning` does it inside `model.generate`. Needs transformers >= 5.18.
 """
 
+from .calibrate import calibrate_model
 from .families import Family, register_family
 from .flops import kv_cache_bytes, prefill_flops
 from .layouts import Visual
@@ -15,6 +16,7 @@ __all__ = [
     "PruneStats",
     "PrunedInputs",
     "Visual",
+    "calibrate_model",
     "kv_cache_bytes",
     "prefill_flops",
     "prune_inputs",

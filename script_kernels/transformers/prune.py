@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from script_kernels import methods
+from script_kernels.calibrate import Calibration
+
 from .device import clock_of, fetch, mark, milliseconds, send
 from .encode import encode, rebuild
 from .families import ALONG, Family, family_of, parameters, text_config, token_id, unwrap
@@ -18,7 +22,7 @@ from .flops import flops_of_lengths
 from .layouts import MODALITIES, Visual
 from .positions import pruned_positions
 from .query import text_query
-from .select import Budget, choose, kept_rows
+from .select import Budget, choose, kept_rows, settings
 from .selfcheck import check_family
 from .versions import splits_chunks
 
@@ -275,6 +279,9 @@ def prune_inputs(
     positions: str | None = None,
     min_tokens: int = 1,
     newlines: str = "drop",
+    method: str | methods.Method = "script",
+    reduce: str = "mean",
+    calibration: str | os.PathLike[str] | Calibration | None = None,
     **options: Any,
 ) -> PrunedInputs:
     """Encodes the images (and videos) of a prompt batch, prunes their tokens and returns inputs for the same model.
@@ -299,8 +306,13 @@ def prune_inputs(
         min_tokens: fewest tokens that stay of a unit.
         newlines: the `image_newline` rows of an image that lost tokens: "drop" all of them, or keep those of "lines"
             that still hold a token, on top of the budget. An image that stays whole keeps them.
-        options: `negate`, `gsp_drop`, `oversample`, `combine`, `threshold`, `gamma`, `min_degree`, `rounds` of
-            `script_kernels.prune`.
+        method: a name from `script_kernels.methods`, or a callable `(tokens (1, N, D), relevance (1, N) or None, keep,
+            **options) -> (1, keep)`, whose result is checked. All but "script" as it is called once for each unit.
+        reduce: relevance by the "mean" cosine of a token to the query's vectors, or by the largest ("max").
+        calibration: what a calibration found, or the file it is in: sets method, reduce and options, whether there is a
+            query, and keep if neither keep nor keep_ratio is given.
+        options: `negate`, and those of the method; of "script" `gsp_drop`, `oversample`, `combine`, `threshold`,
+            `gamma`, `min_degree`, `rounds` of `script_kernels.prune`, and what docs/methods.md lists.
 
     Returns:
         A `PrunedInputs`. For mRoPE models `rope_deltas` of the model is set too, as its own prefill would do.
@@ -314,7 +326,12 @@ def prune_inputs(
     family = family_of(model)
     device = clock_of(model)
     start = mark(device)
-    budget = Budget(keep, keep_ratio, per, min_tokens, newlines, options)
+    if calibration is not None and (options or method != "script" or reduce != "mean"):
+        raise ValueError("calibration: expected no method, reduce or options with it, as it sets them, got both")
+    chosen = settings(calibration, keep, keep_ratio, query)
+    query = chosen.pop("query")
+    how = {"options": options, "method": method, "reduce": reduce} | chosen
+    budget = Budget(keep_ratio=keep_ratio, per=per, min_tokens=min_tokens, newlines=newlines, **how)
     renumber = _renumber(model, positions)
     if not has_pixels(model, inputs):
         return _text_only(model, inputs)

@@ -1,8 +1,10 @@
-"""Which visual tokens of one prompt stay: units, budgets and one call of the pruning op."""
+"""Which visual tokens of one prompt stay: units, budgets and one call of the pruning op, or of another method."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from script_kernels import prune, prune_varlen, query_relevance
+from script_kernels import methods, prune, prune_varlen
+from script_kernels.calibrate import Calibration
 
 from .device import send
 from .layouts import Visual
@@ -30,6 +33,8 @@ class Budget:
     min_tokens: int = 1
     newlines: str = "drop"
     options: Mapping[str, Any] = field(default_factory=dict)
+    method: str | methods.Method = "script"
+    reduce: str = "mean"
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.keep_ratio is None):
@@ -48,9 +53,19 @@ class Budget:
             raise ValueError(f"per: expected one of {', '.join(UNITS)}, got {self.per!r}")
         if self.newlines not in ("drop", "lines"):
             raise ValueError(f"newlines: expected 'drop' or 'lines', got {self.newlines!r}")
-        unknown = sorted(set(self.options) - set(OPTIONS))
-        if unknown:
-            raise TypeError(f"options: expected some of {', '.join(OPTIONS)}, got {', '.join(unknown)}")
+        if self.reduce not in ("mean", "max"):
+            raise ValueError(f"reduce: expected 'mean' or 'max', got {self.reduce!r}")
+        chosen = methods.get(self.method)
+        if isinstance(self.method, str):
+            known = _options_of(chosen)
+            unknown = sorted(set(self.options) - set(known))
+            if unknown:
+                raise TypeError(f"options: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+
+    @property
+    def fused(self) -> bool:
+        """Whether the op `prune` does it all: its own method, options and relevance."""
+        return self.method == "script" and self.reduce == "mean" and set(self.options) <= set(OPTIONS)
 
     def tokens(self, length: int) -> int:
         """Tokens that stay of a unit of `length`. A unit that has fewer than asked for stays whole."""
@@ -58,6 +73,36 @@ class Budget:
         asked = self.keep if self.keep_ratio is None else math.ceil(self.keep_ratio * length - 1e-9)
         assert asked is not None
         return min(length, max(asked, self.min_tokens))
+
+
+def _options_of(method: methods.Method) -> list[str]:
+    """`negate`, which is the relevance's, and the options that a method of the package takes."""
+    named = [n for n, p in inspect.signature(method).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if method is methods.METHODS["gsp"]:  # these two hand theirs on to the ops
+        named += ["threshold", "gamma", "min_degree"]
+    if method is methods.METHODS["script"]:
+        named += OPTIONS
+    return list(dict.fromkeys(["negate", *named]))
+
+
+def settings(
+    calibration: str | os.PathLike[str] | Calibration | None, keep: int | None, keep_ratio: float | None, query: Any
+) -> dict[str, Any]:
+    """The arguments of `prune_inputs` that a calibration, or the file it was saved in, stands for.
+
+    Its `keep` counts where neither keep nor keep_ratio is given; a candidate that does without the question drops it.
+    """
+    if calibration is None:
+        return {"keep": keep, "query": query}
+    found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+    best = found.best
+    return {
+        "keep": found.keep if keep is None and keep_ratio is None else keep,
+        "query": query if best.query else None,
+        "method": best.method,
+        "reduce": best.reduce,
+        "options": {**best.options, "negate": best.negate},
+    }
 
 
 @dataclass
@@ -95,11 +140,14 @@ def _units(visuals: list[Visual], per: str) -> tuple[Tensor, list[int]]:
 
 
 def _prune_units(
-    tokens: Tensor, lengths: list[int], keeps: list[int], query: Tensor | None, options: Mapping[str, Any]
+    tokens: Tensor, lengths: list[int], keeps: list[int], query: Tensor | None, score: Tensor, budget: Budget
 ) -> Tensor:
     """Kept rows of packed units (sum(lengths), D), ascending within each; query (1, Q, D) is shared."""
     if all(k == n for k, n in zip(keeps, lengths, strict=True)):
         return torch.arange(len(tokens), device=tokens.device)
+    if not budget.fused:
+        return _by_method(tokens, lengths, keeps, None if query is None else score, budget)
+    options = budget.options
     if len(set(lengths)) == 1 and len(set(keeps)) == 1:
         kept = prune(tokens.view(len(lengths), lengths[0], -1), query, keeps[0], **options)
         if len(lengths) > 1:
@@ -110,11 +158,22 @@ def _prune_units(
     return prune_varlen(tokens, send(ends, tokens.device), queries, keeps, **options)
 
 
-def _relevance(tokens: Tensor, lengths: list[int], query: Tensor | None, options: Mapping[str, Any]) -> Tensor:
+def _by_method(tokens: Tensor, lengths: list[int], keeps: list[int], score: Tensor | None, budget: Budget) -> Tensor:
+    """What `_prune_units` gives, unit by unit. `score` has the sign of `negate` already."""
+    options = {name: value for name, value in budget.options.items() if name != "negate"}
+    scores = [None] * len(lengths) if score is None else [s[None] for s in score.split(lengths)]
+    kept, start = [], 0
+    for part, own, length, keep in zip(tokens.split(lengths), scores, lengths, keeps, strict=True):
+        kept.append(start + methods.select(part[None], own, keep, method=budget.method, **options)[0])
+        start += length
+    return _joined(kept)
+
+
+def _relevance(tokens: Tensor, lengths: list[int], query: Tensor | None, budget: Budget) -> Tensor:
     if query is None:
         return torch.ones(len(tokens), dtype=torch.float32, device=tokens.device)
-    negate = options.get("negate", False)
-    return _joined([query_relevance(part[None], query, negate=negate)[0] for part in tokens.split(lengths)])
+    how = {"reduce": budget.reduce, "negate": budget.options.get("negate", False)}
+    return _joined([methods.relevance_of(part[None], query, **how)[0] for part in tokens.split(lengths)])
 
 
 def _newlines(visual: Visual, kept: Tensor, rule: str) -> Tensor:
@@ -137,10 +196,11 @@ def choose(visuals: list[Visual], query: Tensor | None, budget: Budget) -> Choic
         place = send(rows, features.device)
         tokens = features.index_select(0, place)
     keeps = [budget.tokens(n) for n in lengths]
-    score = _relevance(tokens, lengths, query, budget.options)
+    score = _relevance(tokens, lengths, query, budget)
+    by_row = score
     if place is not None:
         score = torch.full((len(features),), float("nan"), device=features.device).index_copy_(0, place, score)
-    chosen = _prune_units(tokens, lengths, keeps, query, budget.options)
+    chosen = _prune_units(tokens, lengths, keeps, query, by_row, budget)
     return Choice(visuals, rows, chosen, list(score.split([len(v.features) for v in visuals])))
 
 

@@ -1,4 +1,4 @@
-"""prune_varlen: `prune` of packed segments, in the launches of a dense batch and one more per 32 segments.
+"""prune_varlen: `prune` of packed segments, in the launches of a dense batch and one more per 16 segments.
 
 The extra launch puts the counts of `keep`, which are host integers, on the device, and makes the bounds of the segments
 sound, whatever they are.

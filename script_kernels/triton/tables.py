@@ -14,7 +14,7 @@ from .bipartite_match import launch_bipartite_match
 from .gsp import launch_gsp
 from .kernels.greedy import SHARERS, launch_greedy
 from .kernels.layout import Layout
-from .kernels.pairs import MATRIX_TILES, launch_pairs
+from .kernels.pairs import PAIR_TILES, launch_pairs
 from .kernels.plan import EXTRA_ROUNDS, FEATURE_BLOCKS, Plan, Stage
 from .kernels.rows import Rows
 from .prune import launch_prune
@@ -119,7 +119,7 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
     ("gsp", "fp32 2 rounds", partial(gsp, FP32, 2)),
     *(
         ("matrix", f"{named(dtype)}{' packed' if packed else ''}", partial(matrix, dtype, packed))
-        for dtype in MATRIX_TILES
+        for dtype in PAIR_TILES
         for packed in (False, True)
     ),
     *(

@@ -11,7 +11,9 @@ ARCHITECTURES = {
     "LlavaForConditionalGeneration": "PrunedLlava",
     "LlavaNextForConditionalGeneration": "PrunedLlavaNext",
     "InternVLForConditionalGeneration": "PrunedInternVL",
+    "Qwen2VLForConditionalGeneration": "PrunedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "PrunedQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "PrunedQwen3VL",
 }
 
 

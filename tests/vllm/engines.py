@@ -15,6 +15,7 @@ import torch
 import transformers
 
 TOKENS = 24
+DTYPES = {"pruned": torch.float32, "stock": torch.float32, "half": torch.bfloat16}
 
 
 def start(folder: Path, settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
@@ -33,8 +34,97 @@ def start(folder: Path, settings: dict[str, Any] | None = None, **arguments: Any
     )
 
 
+def core(engine: Any) -> Any:
+    """The engine's core, which runs in this process."""
+    return engine.llm_engine.engine_core.engine_core
+
+
+def runner(engine: Any) -> Any:
+    return core(engine).model_executor.driver_worker.worker.model_runner
+
+
+def forget(engine: Any, *, answers: bool = True, encoded: bool = False) -> None:
+    """Empties the prefix cache, the encoder cache, or both."""
+    if answers and not engine.reset_prefix_cache():
+        raise RuntimeError("the prefix cache was in use")
+    if encoded:
+        engine.llm_engine.reset_encoder_cache()
+
+
+def chunk(engine: Any, tokens: int) -> None:
+    """Prefill goes on in chunks of so many tokens, 0: as many as fit a step."""
+    scheduler = core(engine).scheduler
+    scheduler.scheduler_config.long_prefill_token_threshold = tokens
+    scheduler.adaptive_long_prefill_threshold = False
+
+
+class Watch:
+    """What the encoder and the selection do: images encoded, indices chosen, steps of prefill, cache identities."""
+
+    def __init__(self, engine: Any) -> None:
+        from script_kernels.vllm import models
+
+        self.engine = engine
+        self.encoded = 0
+        self.steps: list[int] = []  # tokens of each step
+        self.chosen: list[list[int] | None] = []
+        self.places: list[list[list[int]]] = []  # (t, h, w) of the visual tokens of each step
+        self.grids: list[list[int]] = []  # (t, h, w) of each encoded image, in patches
+        model, choose = runner(engine).model, models.choose
+        embed, execute = model.embed_multimodal, runner(engine).execute_model
+
+        def counted(**kwargs: Any) -> Any:
+            if "image_grid_thw" in kwargs:
+                self.grids += kwargs["image_grid_thw"].tolist()
+            features = embed(**kwargs)
+            self.encoded += len(features)
+            return features
+
+        def recorded(*arguments: Any) -> Any:
+            chosen = choose(*arguments)
+            self.chosen += [own if own is None else own.tolist() for own in chosen]
+            return chosen
+
+        def stepped(output: Any, *arguments: Any, **kwargs: Any) -> Any:
+            if output.total_num_scheduled_tokens:
+                self.steps.append(output.total_num_scheduled_tokens)
+            return execute(output, *arguments, **kwargs)
+
+        model.embed_multimodal, models.choose = counted, recorded
+        runner(engine).execute_model = stepped
+        if hasattr(model, "take_places"):
+            take = model.take_places
+
+            def taken(*arguments: Any) -> Any:
+                rows = take(*arguments)
+                self.places.append(model._places[1].tolist())
+                return rows
+
+            model.take_places = taken
+
+    def clear(self) -> None:
+        self.encoded = 0
+        self.steps, self.chosen, self.places, self.grids = [], [], [], []
+
+    def seen(self) -> dict[str, Any]:
+        """What happened since the last call, and what the encoder cache holds now."""
+        report = {
+            "encoded": self.encoded,
+            "steps": self.steps,
+            "chosen": self.chosen,
+            "places": self.places,
+            "grids": self.grids,
+            "identities": sorted(runner(self.engine).encoder_cache),
+        }
+        self.clear()
+        return report
+
+
 def ask(engine: Any, prompts: list[tuple[str, list[Any]]], **request: Any) -> list[dict[str, Any]]:
-    """Per prompt: its length, the tokens of a greedy answer, and their log-probabilities."""
+    """Per prompt: its length, the tokens of a greedy answer, and their log-probabilities.
+
+    cached: tokens of the prompt that came from the prefix cache.
+    """
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
@@ -50,12 +140,24 @@ def ask(engine: Any, prompts: list[tuple[str, list[Any]]], **request: Any) -> li
     for result in engine.generate(given, sampling, use_tqdm=False):
         out = result.outputs[0]
         scores = [step[token].logprob for token, step in zip(out.token_ids, out.logprobs, strict=True)]
-        answers.append({"length": len(result.prompt_token_ids), "tokens": list(out.token_ids), "scores": scores})
+        answers.append(
+            {
+                "length": len(result.prompt_token_ids),
+                "tokens": list(out.token_ids),
+                "scores": scores,
+                "cached": result.num_cached_tokens,
+            }
+        )
     return answers
 
 
-def reference(folder: Path, family: str, prompts: list[tuple[str, list[Any]]], **pruning: Any) -> list[dict[str, Any]]:
-    """The same from transformers; `pruning` of prune_inputs, or nothing for the whole prompt."""
+def reference(
+    folder: Path, family: str, prompts: list[tuple[str, list[Any]]], *, chat: bool = False, **pruning: Any
+) -> list[dict[str, Any]]:
+    """The same from transformers; `pruning` of prune_inputs, or nothing for the whole prompt.
+
+    chat: prune_inputs gets the chat template, to find the user's words.
+    """
     from script_kernels.transformers import prune_inputs
 
     model = tiny.make_model(family)[0]
@@ -67,7 +169,7 @@ def reference(folder: Path, family: str, prompts: list[tuple[str, list[Any]]], *
     for text, images in prompts:
         inputs = dict(processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False))
         if images and pruning:
-            inputs = prune_inputs(model, inputs, **pruning)
+            inputs = prune_inputs(model, inputs, tokenizer=processor.tokenizer if chat else None, **pruning)
         length = inputs["input_ids"].shape[1]
         with torch.no_grad():
             out = model.generate(
@@ -78,10 +180,3 @@ def reference(folder: Path, family: str, prompts: list[tuple[str, list[Any]]], *
         scores = [float(s[0].log_softmax(-1)[token]) for s, token in zip(out.scores, tokens, strict=True)]
         answers.append({"length": length, "tokens": tokens, "scores": scores})
     return answers
-
-
-def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """The largest difference of log-probabilities, infinite where the tokens differ."""
-    if a["tokens"] != b["tokens"]:
-        return float("inf")
-    return max(abs(x - y) for x, y in zip(a["scores"], b["scores"], strict=True))

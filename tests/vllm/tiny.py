@@ -130,7 +130,9 @@ def make_model(family: str) -> tuple[torch.nn.Module, object]:
             name = "Qwen2_5_VL"
         else:
             vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-            text |= {"head_dim": 32}
+            # transformers interleaves the axes of Qwen3-VL whatever the config says; vLLM where it says so.
+            rope = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+            text |= {"head_dim": 32, "rope_parameters": {**text["rope_parameters"], **rope}}
             name = "Qwen3VL"
     config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text, **_QWEN)
     pixels = {"min_pixels": 64, "max_pixels": 4096, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
@@ -150,11 +152,15 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     model, processor = make_model(family)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
+    return write(model.to(dtype), processor, folder)
+
+
+def write(model: torch.nn.Module, processor: object, folder: Path) -> Path:
     model.config.architectures = [type(model).__name__]
     model.generation_config.eos_token_id = None
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family in ("llava", "llava_next"):  # written by transformers without the level that vLLM 0.32 reads
+    if model.config.model_type in ("llava", "llava_next"):  # by transformers without the level that vLLM 0.32 reads
         weights = load_file(folder / "model.safetensors")
         old, new = "vision_tower.", "vision_tower.vision_model."
         renamed = {k if new in k else k.replace(old, new): v for k, v in weights.items()}

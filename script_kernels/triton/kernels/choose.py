@@ -21,7 +21,7 @@ from .rows import Rows
 BLOCK_SOURCES, SELECT_WARPS = 512, 8
 BLOCK_FINISH = 256
 BLOCK_RANKS, INTERSECT_WARPS = 1024, 4
-PLACED = 32  # counts per launch
+PLACED = 16  # counts per launch
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def intersect_kernel(
         tl.store(p_out + i_out + o_k, tl.zeros([BLOCK], tl.int64) + last, mask=o_k < keep)
 
 
-@triton.jit(do_not_specialize=["S", "N", "i_from", *(f"k{i}" for i in range(32)), "oversample_bits"])
+@triton.jit(do_not_specialize=["S", "N", "i_from", *(f"k{i}" for i in range(16)), "oversample_bits"])
 def place_kernel(
     p_counts,  # (S,) int32
     p_limits,  # (S,) int32: ceil(oversample * keep), at most N
@@ -252,25 +252,9 @@ def place_kernel(
     k13,
     k14,
     k15,
-    k16,
-    k17,
-    k18,
-    k19,
-    k20,
-    k21,
-    k22,
-    k23,
-    k24,
-    k25,
-    k26,
-    k27,
-    k28,
-    k29,
-    k30,
-    k31,
     BLOCK: tl.constexpr,
 ):
-    """Writes up to 32 counts, the lengths of their rankings, and the ends of their segments.
+    """Writes up to 16 counts, the lengths of their rankings, and the ends of their segments.
 
     The host cannot check the bounds of segments without waiting for the device. Kernels take them as they are, so here
     they become what they should be: a bound is no lower than those before it, and within the tokens.
@@ -303,22 +287,6 @@ def place_kernel(
     b_keep = tl.where(o_s == 13, k13, b_keep)
     b_keep = tl.where(o_s == 14, k14, b_keep)
     b_keep = tl.where(o_s == 15, k15, b_keep)
-    b_keep = tl.where(o_s == 16, k16, b_keep)
-    b_keep = tl.where(o_s == 17, k17, b_keep)
-    b_keep = tl.where(o_s == 18, k18, b_keep)
-    b_keep = tl.where(o_s == 19, k19, b_keep)
-    b_keep = tl.where(o_s == 20, k20, b_keep)
-    b_keep = tl.where(o_s == 21, k21, b_keep)
-    b_keep = tl.where(o_s == 22, k22, b_keep)
-    b_keep = tl.where(o_s == 23, k23, b_keep)
-    b_keep = tl.where(o_s == 24, k24, b_keep)
-    b_keep = tl.where(o_s == 25, k25, b_keep)
-    b_keep = tl.where(o_s == 26, k26, b_keep)
-    b_keep = tl.where(o_s == 27, k27, b_keep)
-    b_keep = tl.where(o_s == 28, k28, b_keep)
-    b_keep = tl.where(o_s == 29, k29, b_keep)
-    b_keep = tl.where(o_s == 30, k30, b_keep)
-    b_keep = tl.where(o_s == 31, k31, b_keep)
     share = oversample_bits.to(tl.int64).to(tl.float64, bitcast=True)
     b_limit = tl.minimum(tl.ceil(b_keep.to(tl.float64) * share), N.to(tl.float64)).to(tl.int32)
     tl.store(p_counts + i_from + o_s, b_keep, mask=m_s)

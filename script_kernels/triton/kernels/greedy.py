@@ -28,13 +28,15 @@ width: a column is one chain of fused multiply-adds over the pivots in order, wh
 of keys is exact. The dispatch is therefore free to look at the size of the batch and of the device.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .layout import Layout, image_of, launch, locate, order_key
 from .pairs import finite_relevance
-from .plan import BLOCKS, FEATURE_BLOCKS, MOST_TOKENS, Plan, Stage
+from .plan import BLOCKS, FEATURE_BLOCKS, MOST_TOKENS, Stage
 from .rows import Rows, widen
 
 RANK_TOLERANCE = tl.constexpr(1e-6)
@@ -385,12 +387,25 @@ def greedy_kernel(
             tl.store(p_g + o_t, tl.zeros([BN], tl.float32), mask=o_t < K)
 
 
-def exchange_width(layout: Layout, plan: Plan) -> int:
-    """Keys that a program reads at once, of few values, for each is a compilation."""
-    sharers = triton.cdiv(layout.n, plan.columns)
-    if not plan.grid:
-        return SHARERS[0]
-    return next((g for g in SHARERS[layout.packed :] if g >= sharers), triton.next_power_of_2(sharers))
+def compile_options(layout: Layout, stage: Stage, device: torch.device) -> dict[str, Any]:
+    """Constants and options of the kernel: of few values, for each is a compilation."""
+    plan = stage.plan
+    num_warps, unroll, registers = (FEATURE_BLOCKS if stage.features else BLOCKS)[plan.columns]
+    sharers = triton.cdiv(layout.n, plan.columns) if plan.grid else 1
+    widths = SHARERS[1:] if layout.packed and plan.grid else SHARERS
+    options: dict[str, Any] = {
+        "BN": plan.columns,
+        "BG": next((g for g in widths if g >= sharers), triton.next_power_of_2(sharers)),
+        "BC": min(unroll, INTERPRETER_UNROLL) if device.type == "cpu" else unroll,
+        "BR": FEATURE_ROWS,
+        "BD": FEATURE_COLS,
+        "num_warps": num_warps,
+        "num_stages": 1,
+        "registers": registers,
+    }
+    if plan.grid and plan.resident:
+        options["launch_cooperative_grid"] = True
+    return options
 
 
 def launch_greedy(
@@ -438,10 +453,7 @@ def launch_greedy(
         row, own = torch.empty((2, layout.rows), device=device)
     residual = None if plan.resident else torch.empty(layout.rows, device=device)
     progress = None if plan.resident else torch.empty((plan.total, 8), dtype=torch.int32, device=device)
-    num_warps, unroll, registers = (FEATURE_BLOCKS if stage.features else BLOCKS)[plan.columns]
-    if device.type == "cpu":
-        unroll = min(unroll, INTERPRETER_UNROLL)
-    cooperative = {"launch_cooperative_grid": True} if plan.grid and plan.resident else {}
+    options = compile_options(layout, stage, device)
     spans = [(-1, plan.rounds)] if plan.resident else [(r, r + 1) for r in range(-1, plan.rounds)]
     images = layout.segments if layout.packed else plan.images
     for image in range(0, layout.segments, images):
@@ -481,14 +493,6 @@ def launch_greedy(
                 stage.above,
                 stage.upto,
                 *span,
-                BN=plan.columns,
-                BG=exchange_width(layout, plan),
-                BC=unroll,
-                BR=FEATURE_ROWS,
-                BD=FEATURE_COLS,
-                num_warps=num_warps,
-                num_stages=1,
-                registers=registers,
-                **cooperative,
+                **options,
             )
     return out

@@ -35,16 +35,15 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # One row per kind of input: tile of rows and columns, depth of a step, warps, pipeline stages. fp32 products run on the
 # ordinary cores.
-MATRIX_TILES = {
+PAIR_TILES = {
     torch.bfloat16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
     torch.float16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
-    torch.float32: {"BT": 32, "BD": 32, "num_warps": 4, "num_stages": 2},
+    torch.float32: {"BT": 32, "BD": 16, "num_warps": 4, "num_stages": 3},
 }
-PAIR_TILES = MATRIX_TILES | {torch.float32: {"BT": 32, "BD": 16, "num_warps": 4, "num_stages": 3}}
 MATCH_TILES = {
     torch.bfloat16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
     torch.float16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
-    torch.float32: {"BM": 32, "BN": 32, "BD": 32, "num_warps": 4, "num_stages": 2},
+    torch.float32: {"BM": 32, "BN": 32, "BD": 16, "num_warps": 4, "num_stages": 2},
 }
 PAIR_REGISTERS = 255
 FANOUT = 16  # programs that share one row of tiles where sums are added up
@@ -376,7 +375,7 @@ def launch_pairs(
     scored = relevance is None
     relevance = torch.empty_like(rows.inv_norm) if relevance is None else relevance.contiguous()
     width = layout.width if width is None else width
-    tile = (MATRIX_TILES if sums is None else PAIR_TILES)[tokens.dtype]
+    tile = PAIR_TILES[tokens.dtype]
     slots, total = layout.slots(tile["BT"])
     fan = triton.cdiv(width, tile["BT"]) if sums is None else min(triton.cdiv(layout.n, tile["BT"]), FANOUT)
     row16 = triton.cdiv(width, 16)
@@ -455,5 +454,6 @@ def launch_match(
         at_round,
         saturate(threshold),
         PLANES=len(sums),
+        registers=PAIR_REGISTERS,
         **tile,
     )

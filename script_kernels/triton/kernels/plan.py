@@ -14,7 +14,7 @@ SINGLE_WORK = 50_000  # N * picks up to which one program per image serves; by a
 EXTRA_ROUNDS = 3  # one per level whose rank can run out
 
 # Columns per program -> warps, rows of C read at once, registers per thread.
-BLOCKS = {64: (2, 16, 128), 256: (4, 16, 168), 1024: (8, 16, 255), 2048: (16, 4, 128)}
+BLOCKS = {64: (2, 16, 128), 256: (4, 16, 168), 1024: (8, 12, 255), 2048: (16, 4, 128)}
 # Widths that the dispatch knows of, few, for each is a compilation: of the only program of an image, and of several
 # that share one. Packed segments have lengths that the host does not know: even a short one may count as shared.
 SINGLE, SHARED = (256, 1024, 2048), (64, 256, 2048)

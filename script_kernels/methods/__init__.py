@@ -1,0 +1,107 @@
+"""Selection rules by name, on the ops: which tokens to keep, by this package's method and by others'.
+
+Every method has one signature, `method(tokens, relevance, keep, **options) -> kept`: tokens (B, N, D) in float32,
+bfloat16 or float16, relevance (B, N) float32 or None (None: every token is as relevant as any other), and (B, keep)
+int64 indices, ascending and distinct. CPU and CUDA; nothing is random but `random`, which has a seed. A token that
+holds a NaN or an Inf goes last, except by `stride` and `random`, which look at no values, by `gsp` and `tome_drop`,
+which keep every destination of a round, and by `released_script`.
+
+    kept = script_kernels.methods.select(tokens, relevance, keep=64, method="divprune")
+
+`select` also takes a callable of that signature, and checks what it returns. docs/methods.md has formulas and sources.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._common import check, relevance_of
+from .diverse import divprune, mmr
+from .dpp import cdpruner, dpp, otprune, resprune, script
+from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
+
+__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "relevance_of", "select"]
+
+Method = Callable[..., torch.Tensor]
+
+METHODS: dict[str, Method] = {
+    "script": script,
+    "cdpruner": cdpruner,
+    "dpp": dpp,
+    "resprune": resprune,
+    "otprune": otprune,
+    "divprune": divprune,
+    "mmr": mmr,
+    "relevance": relevance,
+    "gsp": gsp,
+    "tome_drop": tome_drop,
+    "dart": dart,
+    "stride": stride,
+    "random": random,
+    "released_script": released_script,
+}
+# The others do the same whatever the question; they may be given a relevance, and leave it alone.
+NEEDS_RELEVANCE = frozenset({"script", "cdpruner", "resprune", "mmr", "relevance", "released_script"})
+
+
+def get(method: str | Method) -> Method:
+    """The method of this name, or the callable itself.
+
+    Raises:
+        ValueError: no such name.
+        TypeError: neither a name nor a callable.
+    """
+    if callable(method):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method: expected a name or a callable, got {type(method).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected a callable or one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]
+
+
+def select(
+    tokens: torch.Tensor,
+    relevance: torch.Tensor | None,
+    keep: int,
+    *,
+    method: str | Method = "script",
+    **options: Any,
+) -> torch.Tensor:
+    """The indices that a method keeps, (B, keep) int64, ascending; a callable's result is checked and sorted.
+
+    Args:
+        tokens: (B, N, D).
+        relevance: (B, N) float32, or None.
+        keep: tokens to keep of each image.
+        method: a name from `METHODS`, or a callable `(tokens, relevance, keep, **options) -> (B, keep) int64`.
+        options: handed on to the method.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, or a callable's result that is not `keep` distinct indices of
+            the image's tokens.
+    """
+    chosen = get(method)
+    if isinstance(method, str):
+        return chosen(tokens, relevance, keep, **options)
+    check(tokens, relevance, keep)
+    return checked(chosen(tokens, relevance, keep, **options), tokens, keep)
+
+
+def checked(kept: torch.Tensor, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+    """What a callable returned, ascending, once it is known to be `keep` distinct indices of each image's tokens."""
+    B, N, _ = tokens.shape
+    if not isinstance(kept, torch.Tensor) or kept.dtype not in (torch.int64, torch.int32):
+        got = str(kept.dtype).removeprefix("torch.") if isinstance(kept, torch.Tensor) else type(kept).__name__
+        raise TypeError(f"method: expected it to return an int64 tensor, got {got}")
+    if kept.shape != (B, keep):
+        raise ValueError(f"method: expected it to return shape ({B}, {keep}), got {tuple(kept.shape)}")
+    if kept.device != tokens.device:
+        raise ValueError(f"method: expected it to return indices on {tokens.device}, got {kept.device}")
+    kept = kept.long().sort(1).values
+    if B and (bool((kept < 0).any()) or bool((kept >= N).any())):
+        raise ValueError(f"method: expected indices in 0..{N - 1}, got {int(kept.min())}..{int(kept.max())}")
+    if bool((kept[:, 1:] == kept[:, :-1]).any()):
+        raise ValueError("method: expected distinct indices, got one twice")
+    return kept

@@ -1,0 +1,88 @@
+"""What the methods share: checks, unit rows, and the relevance after power, floor and sign."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import checks, query_relevance
+from ..options import check_finite, check_int
+
+
+def check(tokens: Tensor, relevance: Tensor | None, keep: int) -> None:
+    """Raises ValueError or TypeError for arguments that no method takes."""
+    checks.bipartite_match(tokens, 0.0)
+    checks.qcsp(tokens, ones(tokens) if relevance is None else relevance, keep)
+
+
+def number(value: float, argument: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """The value as a float, once it is known to be finite and within the bounds."""
+    check_finite(value, argument)
+    if not low <= value <= high:
+        raise ValueError(f"{argument}: expected {low:g} <= {argument} <= {high:g}, got {value}")
+    return float(value)
+
+
+def count(value: int, argument: str, low: int) -> int:
+    """The value, once it is known to be an int that is not too small."""
+    check_int(value, argument)
+    if value < low:
+        raise ValueError(f"{argument}: expected {argument} >= {low}, got {value}")
+    return value
+
+
+def ones(tokens: Tensor) -> Tensor:
+    """A relevance of 1 for every token of (B, N, D)."""
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
+
+
+def finite(tokens: Tensor) -> Tensor:
+    """(B, N) bool: tokens without a NaN or an Inf."""
+    return torch.isfinite(tokens).all(-1)
+
+
+def unit(tokens: Tensor) -> Tensor:
+    """Rows over their norms in float32; zero rows, and rows with a NaN or an Inf, become zeros."""
+    x = tokens.float().masked_fill(~finite(tokens)[..., None], 0.0)
+    largest = x.abs().amax(-1, keepdim=True)
+    x = torch.where(largest > 0, x / largest, 0.0)  # squares of the largest float32 would overflow
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, x / norm, 0.0)
+
+
+def top(score: Tensor, keep: int) -> Tensor:
+    """The `keep` tokens of largest score (B, N), ascending; between equals the lower index, NaN last."""
+    order = torch.nan_to_num(score, nan=-math.inf).argsort(dim=1, descending=True, stable=True)
+    return order[:, :keep].sort(1).values
+
+
+def relevance_of(
+    tokens: Tensor, query: Tensor, query_mask: Tensor | None = None, *, reduce: str = "mean", negate: bool = False
+) -> Tensor:
+    """Relevance (B, N) in [0, 1] of tokens (B, N, C) to query vectors (B or 1, Q, C), masked (B or 1, Q).
+
+    reduce "mean" is `script_kernels.query_relevance`, the mean cosine min-max scaled over the image's tokens; "max"
+    takes the largest cosine instead, so that one word that fits is not averaged away.
+
+    Raises:
+        ValueError, TypeError: what `query_relevance` raises, or another `reduce`.
+    """
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"reduce: expected 'mean' or 'max', got {reduce!r}")
+    if reduce == "mean":
+        return query_relevance(tokens, query, query_mask, negate=negate)
+    checks.query_relevance(tokens, query, query_mask, negate)
+    if query.shape[1] == 0:
+        return ones(tokens)
+    score = unit(tokens) @ unit(query).mT
+    if query_mask is not None:
+        score = score.masked_fill(~query_mask[:, None], -2.0)  # below any cosine
+    largest, good = score.amax(-1), finite(tokens)
+    largest = -largest if negate else largest
+    if tokens.shape[1] == 0:
+        return largest
+    low = largest.masked_fill(~good, math.inf).amin(1, keepdim=True)
+    high = largest.masked_fill(~good, -math.inf).amax(1, keepdim=True)
+    flat = high - low <= 1e-6
+    scaled = torch.where(flat, 1.0, (largest - low) / torch.where(flat, 1.0, high - low))
+    return scaled.masked_fill(~good, 0.0)

@@ -1,0 +1,122 @@
+"""The judge: its pictures come out as committed, its questions are true, its weights answer, pruned and unpruned."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from bench.judge import bank, evaluate, report, train
+from bench.judge.model import Judge
+from bench.judge.scenes import COLOUR_NAMES, GRID, KINDS, LETTERS, WORDS, Composer
+
+BANK = "29e6f075c9b70bcf30ec08ab8327cec9d71229b07796bced28194c640db9ce9b"
+SCENES = "a54a791fe14fb3c73b444ce4f64945b9fb608fd857addaef8385ea049c242ef7"
+SEEDS = sorted(int(p.stem[4:]) for p in train.WEIGHTS.glob("seed*.safetensors"))
+
+
+def scenes(split="val", count=12, seed=7):
+    composer, rng = Composer(split), np.random.default_rng(seed)
+    return [composer.scene(rng) for _ in range(count)]
+
+
+def test_the_bank_is_the_committed_one():
+    assert bank.digest(bank.load()) == BANK
+
+
+def test_scenes_come_out_bit_for_bit():
+    total = hashlib.sha256()
+    for scene in scenes(count=5):
+        total.update(scene.image.tobytes() + scene.things.tobytes() + str(scene.questions).encode())
+    assert total.hexdigest() == SCENES
+
+
+def test_answers_follow_from_the_labels():
+    """Against the labels of the patches alone, which the tower's targets and the questions do not share a path to."""
+    asked = set()
+    for scene in scenes(count=40):
+        things, colours = scene.things.reshape(GRID, GRID), scene.colours.reshape(GRID, GRID)
+        for q in scene.questions:
+            words = [WORDS[w] for w in q.words if w]
+            answers = [WORDS[a] for a in q.answers if a]
+            letters = [w for w in words if w in LETTERS]
+            places = {w: np.argwhere(things == 1 + LETTERS.index(w)) for w in letters}
+            asked.add(q.kind)
+            if q.kind == "colour":
+                assert {COLOUR_NAMES[colours[tuple(p)] - 1] for p in places[letters[0]]} == set(answers)
+            elif q.kind == "exists":
+                assert answers == ["yes" if len(places[letters[0]]) else "no"]
+            elif q.kind == "count":
+                assert (colours == 1 + COLOUR_NAMES.index(words[-1])).sum() == 16 * (
+                    1 + ["one", "two", "three", "four"].index(answers[0])
+                )
+            elif q.kind in ("right", "left"):
+                row, column = places[letters[0]].min(0)
+                beside = things[row, column + (4 if q.kind == "right" else -4)]
+                assert answers == [LETTERS[beside - 1]]
+            elif q.kind == "where":
+                row, column = places[letters[0]].mean(0) + 0.5
+                assert answers == [("top" if row < 12 else "bottom") + ("left" if column < 12 else "right")]
+            elif q.kind == "letter":
+                on = things[colours == 1 + COLOUR_NAMES.index(words[-1])]
+                assert {LETTERS[t - 1] for t in on} == set(answers)
+            elif q.kind == "number":
+                row, column = np.argwhere(things > len(LETTERS)).min(0)
+                assert answers == [str(things[row, column + 4 * n] - 1 - len(LETTERS)) for n in range(2)]
+            elif q.kind == "before":
+                left, right = (places[w].min(0)[1] for w in (words[1], words[-1]))
+                assert answers == ["yes" if left < right else "no"]
+    assert asked == set(KINDS)
+
+
+def test_splits_share_no_picture():
+    stored = bank.load()
+    for kind in ("letters", "digits", "photos"):
+        parts = [stored[f"{kind}_{split}"] for split in bank.SPLITS]
+        rows = [{p.tobytes() for p in part} for part in parts]
+        assert not rows[0] & rows[1]
+        assert not rows[2] & (rows[0] | rows[1])
+
+
+def test_questions_in_one_sequence_answer_as_each_alone():
+    torch.manual_seed(0)
+    judge = Judge().eval()
+    some = scenes(count=1)
+    images, position = train.images_of(some)
+    words, _ = train.questions_of(some)
+    with torch.no_grad():
+        tokens = judge.projector(judge.tower(images, position).features)
+        together = judge(tokens, position, words)
+        alone = judge(tokens, position, words[:, 3:4])
+        changed = tokens.clone()
+        changed[:, :300] = tokens[:, 276:]
+        assert not torch.allclose(judge(changed, position, words), together, atol=1e-4)
+    torch.testing.assert_close(together[:, 3], alone[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not SEEDS, reason="no weights are committed")
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_judge_answers_unpruned_and_pruned(seed):
+    given = evaluate.exam(seed, "val", 24)
+    some = [evaluate.Setting("random"), evaluate.Setting("dpp"), evaluate.Setting("relevance", source="evidence")]
+    found = evaluate.evaluate(given, some, (576, 64), log=lambda line: None)
+    assert found["unpruned"].mean() > 0.85
+    assert found["other_image"].mean() < 0.40
+    assert (found["right"][:, 0] == found["unpruned"]).all()  # all tokens kept: the same answers
+    assert (found["kl"][:, 0] < 1e-2).all()
+    chance, free, oracle = found["right"][:, 1].mean(1)
+    assert chance < free < oracle + 0.1
+    assert np.nanmin(found["evidence"][2, 1].astype(float)) == 1  # 64 tokens hold all evidence, at most 4 tiles
+
+
+def test_a_difference_has_the_interval_of_its_clusters():
+    rng = np.random.default_rng(0)
+    image = np.repeat(np.arange(400), 8)
+    covered = 0
+    for _ in range(200):
+        shift = np.repeat(rng.normal(size=400), 8)  # a scene's questions fall together
+        a = rng.normal(size=3200) + shift
+        mean, half = report.difference(a, np.zeros(3200), image)
+        covered += abs(mean) <= half
+    assert 180 <= covered <= 198
+    assert half > 2 * 1.96 / np.sqrt(3200)  # questions taken for independent ones would give half of this

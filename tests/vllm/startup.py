@@ -1,0 +1,51 @@
+"""Starts engines that must not start, one after the other: python startup.py FOLDER; prints what they say as JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import engines
+import tiny
+import transformers
+
+BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "no_tokens": ("llava", {"script_keep": 0}, {}),
+    "both_budgets": ("llava", {"script_keep": 4, "script_keep_ratio": 0.5}, {}),
+    "no_share": ("llava", {"script_keep_ratio": 1.5}, {}),
+    "unknown": ("llava", {"script_keep": 4, "script_gamma2": 1}, {}),
+    "bad_option": ("llava", {"script_keep": 4, "script_gsp_drop": 2}, {}),
+    "family": ("llava_onevision", {"script_keep": 4}, {}),
+    "own_pruning": ("qwen2_5_vl", {"script_keep": 4}, {"video_pruning_rate": 0.5}),
+}
+
+
+def save_unsupported(folder: Path, like: Path) -> None:
+    """A model that vLLM serves and that we cannot prune: what is read before its weights are."""
+    shutil.copytree(like, folder)
+    known = transformers.AutoConfig.from_pretrained(like)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**tiny._VISION, image_size=56, patch_size=14),
+        text_config=known.text_config,
+        image_token_index=tiny.IMAGE,
+        architectures=["LlavaOnevisionForConditionalGeneration"],
+    )
+    config.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for family in ("llava", "qwen2_5_vl"):
+        tiny.save(family, root / family)
+    save_unsupported(root / "llava_onevision", root / "llava")
+    said = {}
+    for name, (family, settings, arguments) in BAD.items():
+        try:
+            engines.start(root / family, settings, **arguments)
+            said[name] = "started"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    print("TOLD", json.dumps(said))

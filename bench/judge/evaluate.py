@@ -75,8 +75,11 @@ def settings() -> list[Setting]:
         ]
         for knob in ({"power": 0.5}, {"power": 2.0}, {"power": 4.0}, {"mix": 0.5}, {"mix": 0.8}, {"floor": 0.3}):
             asked.append(Setting("cdpruner", knob, reduce="max", **s))
-        asked += [Setting("cdpruner", knob, **s) for knob in ({"power": 2.0}, {"mix": 0.5}, {"mix": 0.3})]
-        asked += [Setting("script", **s), Setting("script", reduce="max", **s), Setting("script", {"mix": 0.5}, **s)]
+        asked += [
+            Setting("cdpruner", knob, **s) for knob in ({"power": 2.0}, {"mix": 0.5}, {"mix": 0.3}, {"floor": 0.6})
+        ]
+        asked += [Setting("script", **s), Setting("script", reduce="max", **s)]
+        asked += [Setting("script", knob, **s) for knob in ({"mix": 0.5}, {"mix": 0.3}, {"floor": 0.6})]
         for combine in ("restrict", "union"):
             asked.append(Setting("script", {"combine": combine}, reduce="max", **s))
         asked += [Setting("script", {"gsp_drop": 0.5}, reduce="max", **s)]

@@ -45,7 +45,7 @@ PHASES = (
     Phase("tiles", True, 12, 32, 600, 2e-3, mosaic=True),
     Phase("tower-small", True, 12, 32, 300, 1.5e-3),
     Phase("answers-small", False, 16, 20, 300, 1.5e-3, 0.5),
-    Phase("answers-whole", False, GRID, 16, 120, 1e-3, 0.2),
+    Phase("answers-whole", False, GRID, 16, 240, 1e-3, 0.2),
 )
 
 

@@ -233,3 +233,12 @@ def test_tokens_that_are_no_numbers_are_shown_as_such(tmp_path: pathlib.Path) ->
     assert one.relevance[7] == 0
     save_html(tmp_path / "page.html", found.images)
     plot_selection(one).savefig(tmp_path / "figure.png")
+
+
+def test_the_documented_lines_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "transformers.md").read_text()
+    lines = page.split("## See what it does\n```python\n")[1].split("```")[0].replace("keep=160", "keep=5")
+    model, inputs = make_inputs("llava", [[4, Image(), 6]])
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {"model": model, "inputs": inputs, "processor": None, "photo": PIL.new("RGB", (30, 20))})
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.html", "kept.png"}

@@ -74,7 +74,7 @@ FAMILIES: dict[str, Family] = {
 }
 # Types that cannot be pruned by this route, and why.
 _CROSS = "its language model reads images by cross-attention, so that no token of the prompt stands for a part of them"
-_PIXELS = "its forward takes pixels alone, and no features from outside"
+_PIXELS = "its forward takes no features from outside"
 _OWN_GENERATE = "its generate takes pixels alone and encodes them itself, so that pruned features never reach it"
 _THINKER = "it holds several models, of which the one that sees is model.thinker; give that one"
 REFUSED: dict[str, str] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pathlib
+import types
 
 import pytest
 import torch
@@ -138,17 +139,40 @@ def test_a_grid_is_claimed_only_where_sizes_tell_it() -> None:
     assert np.isnan(odd.lay(np.arange(7.0))[2]).tolist() == [False, True, True]
 
 
-def test_a_processor_tells_whether_it_cuts_the_picture() -> None:
-    from script_kernels.transformers.grids import _cuts_the_middle
+def test_what_a_fixed_size_encoder_sees_of_the_picture() -> None:
+    from script_kernels.transformers.grids import _part
 
     model, _ = make_inputs("llava", [[4, Image(), 6]])
 
-    class Processor:
-        class image_processor:  # noqa: N801
-            do_center_crop = False
+    def processor(**fields: bool) -> types.SimpleNamespace:
+        return types.SimpleNamespace(image_processor=types.SimpleNamespace(**fields))
 
-    assert _cuts_the_middle(model, None)
-    assert not _cuts_the_middle(model, Processor)
+    assert _part(model, None) == _part(model, processor(do_center_crop=True)) == "middle"
+    assert _part(model, processor(do_center_crop=False)) == "whole"
+    assert _part(model, processor(do_center_crop=True, do_pad=True)) is None
+    assert _part(make_inputs("internvl", [[4, Image(1, 1), 6]])[0], None) == "whole"
+
+
+@pytest.mark.parametrize(
+    ("kind", "views"),
+    [
+        ("aria", [("picture, in the order of its tokens", (3, 3), None)]),  # a resampler
+        ("deepseek_vl", [("picture", (4, 4), None)]),  # with a border
+        ("gemma3", [("picture", (4, 4), "whole")]),
+        ("glm4v", [("picture", (4, 6), "whole")]),
+        ("lfm2_vl", [("picture", (2, 2), "whole")]),
+        ("minicpm_ocr", [("picture, in the order of its tokens", (4, 4), None)]),  # a size of another kind
+        ("mistral3", [("picture", (2, 2), "whole")]),
+    ],
+)
+def test_tokens_of_other_types_lie_where_sizes_tell(kind: str, views: list) -> None:
+    vlm_zoo = pytest.importorskip("vlm_zoo")
+    if vlm_zoo.SINCE.get(kind, (0, 0)) > vlm_zoo.VERSION:
+        pytest.skip("not in this version")
+    model = vlm_zoo.make_model(kind)
+    found = explain(model, vlm_zoo.make_inputs(model, kind, 2), 3)
+    assert [image.name for image in found.images] == ["prompt 1, image", "prompt 2, image"]
+    assert [(v.name, v.tokens.shape, v.part) for v in found.images[1].views] == views
 
 
 def shown(**fields: object) -> Selection:

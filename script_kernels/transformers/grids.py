@@ -20,15 +20,16 @@ from .layouts import Visual
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Types whose processors cut the middle square out of a picture.
+# Types whose processors cut the middle square out of a picture, and those whose processors make it square by a border.
 _MIDDLE = ("llava", "vipllava", "video_llava")
+_BORDER = ("deepseek_vl", "deepseek_vl_hybrid", "janus")
 # Parts of a config whose model answers with as many rows as it has queries, wherever they look.
 _RESAMPLERS = ("perceiver", "resampler", "qformer", "query")
 
 
 def views_of(model: PreTrainedModel, visuals: list[Visual], inputs: Mapping[str, Any], processor: Any) -> list[Any]:
     """For each visual its views, a tuple of `View`. inputs: on the CPU."""
-    part = "middle" if _cuts_the_middle(model, processor) else "whole"
+    part = _part(model, processor)
     views = []
     for visual in visuals:
         peers = [v for v in visuals if v.modality == visual.modality]
@@ -38,9 +39,13 @@ def views_of(model: PreTrainedModel, visuals: list[Visual], inputs: Mapping[str,
     return views
 
 
-def _cuts_the_middle(model: PreTrainedModel, processor: Any) -> bool:
-    found = getattr(getattr(processor, "image_processor", None), "do_center_crop", None)
-    return model.config.model_type in _MIDDLE if found is None else bool(found)
+def _part(model: PreTrainedModel, processor: Any) -> str | None:
+    """What of a picture a fixed-size encoder sees, by the processor if it is known, or else by the type."""
+    kind = model.config.model_type
+    images = getattr(processor, "image_processor", None)
+    cuts = kind in _MIDDLE and getattr(images, "do_center_crop", None) is not False
+    border = kind in _BORDER or (kind in _MIDDLE and getattr(images, "do_pad", None) is True)
+    return None if border else "middle" if cuts else "whole"
 
 
 def _sizes(
@@ -59,6 +64,8 @@ def _sizes(
             yield height, width
         elif isinstance(patch, int):
             yield height // patch, width // patch
+    if modality == "image" and any(name.endswith(("_thw", "_sizes", "_shapes")) for name in inputs):
+        return  # pictures of any size
     side = getattr(vision, "image_size", None)
     sides = (side, side) if isinstance(side, int) else side
     patches = (patch, patch) if isinstance(patch, int) else patch
@@ -109,7 +116,7 @@ def _frames(visual: Visual, content: Tensor, sizes: list[tuple[int, int]]) -> It
         yield _view(f"frame {frame + 1}", (content & (visual.tile == frame)).nonzero()[:, 0], sizes, "whole")
 
 
-def _tiled(model: PreTrainedModel, visual: Visual, sizes: list[tuple[int, int]], part: str) -> Iterator[View]:
+def _tiled(model: PreTrainedModel, visual: Visual, sizes: list[tuple[int, int]], part: str | None) -> Iterator[View]:
     tiles = visual.tile.unique().tolist()
     if visual.modality == "video":
         yield from _frames(visual, torch.ones_like(visual.newline), sizes)

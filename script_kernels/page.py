@@ -239,7 +239,7 @@ const point = (event) => {
 };
 document.addEventListener("pointermove", point);
 document.addEventListener("pointerdown", point);  // a finger
-show(STAGES.length ? "kept" : "");
+if (STAGES.length) show("kept");
 </script>
 </body>
 </html>

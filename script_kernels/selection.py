@@ -292,4 +292,5 @@ def save_html(
     if len(images) != len(selections):
         raise ValueError(f"images: expected {len(selections)}, one for each selection, got {len(images)}")
     behind = [pictures_of(s, i) for s, i in zip(selections, images, strict=True)]
-    Path(path).write_text(build(selections, behind, title, milliseconds or {}), encoding="utf-8")
+    # Encoded first: half a surrogate in a title must not leave an empty file.
+    Path(path).write_bytes(build(selections, behind, title, milliseconds or {}).encode("utf-8", "replace"))

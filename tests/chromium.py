@@ -59,6 +59,7 @@ class Page:
                 self.events.append(message)
 
     def open(self, path: pathlib.Path) -> None:
+        self.events = [e for e in self.events if e["method"] != "Page.loadEventFired"]
         self.call("Page.navigate", url=path.as_uri())
         while not any(e["method"] == "Page.loadEventFired" for e in self.events):
             self.events.append(self._message())

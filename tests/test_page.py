@@ -113,6 +113,10 @@ def test_the_policy_stops_a_request_and_the_readout_stays_in_the_window(tmp_path
         box = page.value("(({right, bottom, left, top}) => [left, top, innerWidth - right, innerHeight - bottom])"
                          "(document.getElementById('readout').getBoundingClientRect())")  # fmt: skip
         assert min(box) >= 0
+        save_html(tmp_path / "empty.html", [], title="\ud800 nothing")  # a prompt of words alone
+        page.open(tmp_path / "empty.html")
+        assert page.value("document.querySelector('h1').textContent") == "? nothing"
+        assert [e for e in page.events if e["method"] == "Runtime.exceptionThrown"] == []
 
 
 def held(path: pathlib.Path) -> dict:

@@ -19,7 +19,7 @@ from script_kernels.calibrate import Calibration
 from .device import send
 from .layouts import Visual
 
-OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds")
+OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds", "floor")
 UNITS = ("image", "tile", "request")
 
 

@@ -50,7 +50,9 @@ def prune_layout(
     # The walk ends once it has met as many of GSP's tokens as are wanted.
     picks = min(k, math.ceil(most * layout.n / options.gsp_keep(layout.n)))
     stages, clear = plan_stages(tokens.device, layout, k, picks=picks)
-    relevance, kernel, own = launch_pairs(tokens, layout, rows, reach=reach, threshold=options.threshold, clear=clear)
+    relevance, kernel, own = launch_pairs(
+        tokens, layout, rows, reach=reach, threshold=options.threshold, floor=options.floor, clear=clear
+    )
     mask, _ = launch_select(tokens, layout, rows, options, options.gsp_keep(layout.n), options.gsp_drop)
 
     restrict = options.combine == "restrict"

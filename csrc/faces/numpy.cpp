@@ -199,7 +199,8 @@ using PruneTuple = std::tuple<bool, double, double, std::string, double, double,
 
 cpu::PruneOptions options_of(const PruneTuple& given) {
   const auto& [negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor] = given;
-  return {negate, gsp_drop, oversample, combine == "restrict", floor, cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
+  return {negate, gsp_drop, oversample, combine == "restrict", floor, graph};
 }
 
 Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& query, int64_t keep,

@@ -190,8 +190,8 @@ Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t k
   cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
-  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor,
-                                  cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
+  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor, graph};
   cpu::prune(batch, keep, options, out.mutable_data_ptr<int64_t>(), threads());
   return out;
 }
@@ -212,8 +212,8 @@ Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::o
   cpu::PackedPrune packed{rows_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) packed.query = query_of(*query, std::nullopt);
   if (aligned.has_value()) packed.aligned = rows_of(*aligned);
-  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor,
-                                  cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
+  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor, graph};
   cpu::prune_varlen(packed, starts, keep, options, out.mutable_data_ptr<int64_t>(), threads());
   return out;
 }

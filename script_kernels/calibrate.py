@@ -63,7 +63,7 @@ def candidates() -> list[Candidate]:
             how: dict[str, Any] = {"reduce": reduce, "negate": negate}
             found += [Candidate("cdpruner", {"power": power}, **how) for power in (0.5, 1.0, 2.0)]
             found += [Candidate("cdpruner", {"mix": 0.5}, **how), Candidate("relevance", **how)]
-            found += [Candidate("script", {"gsp_drop": 0.25}, **how), Candidate("script", {**few, "floor": 0.3}, **how)]
+            found += [Candidate("script", {"floor": 0.6}, **how), Candidate("script", {**few, "floor": 0.3}, **how)]
     return found
 
 

@@ -22,6 +22,8 @@ from tiny_vlm import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import script_kernels
+from script_kernels import methods
+from script_kernels.options import INTEGRATION_FLOOR
 from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inputs, script_pruning
 from script_kernels.transformers.encode import encode
 from script_kernels.transformers.query import user_columns
@@ -96,9 +98,24 @@ def test_pruning_options_reach_the_op():
         "min_degree": 2,
     }
     pruned = prune_inputs(model, inputs, 8, query=query, **options)
-    expected = script_kernels.prune(visual.features[None], query[None], 8, **options)[0]
+    expected = script_kernels.prune(visual.features[None], query[None], 8, floor=INTEGRATION_FLOOR, **options)[0]
     assert torch.equal(pruned.keep_indices[0], expected)
     assert not torch.equal(prune_inputs(model, inputs, 8, query=query).keep_indices[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "floor"), [({}, INTEGRATION_FLOOR), ({"floor": 0.0}, 0.0), ({"mix": 0.5}, 0.0), ({"power": 2.0}, 0.0)]
+)
+def test_the_question_alone_does_not_push_a_token_out(given, floor):
+    model, inputs = example("llava")
+    (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    query = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    kept = prune_inputs(model, inputs, 8, query=query, **given).keep_indices[0]
+    relevance = script_kernels.query_relevance(visual.features[None], query[None])
+    expected = methods.select(visual.features[None], relevance, 8, **{"floor": floor, **given})[0]
+    assert torch.equal(kept, expected)
+    if not given:
+        assert not torch.equal(kept, prune_inputs(model, inputs, 8, query=query, floor=0.0).keep_indices[0])
 
 
 # --- queries

@@ -312,7 +312,8 @@ def prune_inputs(
         calibration: what a calibration found, or the file it is in: sets method, reduce and options, whether there is a
             query, and keep if neither keep nor keep_ratio is given.
         options: `negate`, and those of the method; of "script" `gsp_drop`, `oversample`, `combine`, `threshold`,
-            `gamma`, `min_degree`, `rounds` of `script_kernels.prune`, and what docs/methods.md lists.
+            `gamma`, `min_degree`, `rounds`, `floor` of `script_kernels.prune`, and what docs/methods.md lists. Its
+            `floor` is 0.6 here, unless it, `mix` or `power` is given.
 
     Returns:
         A `PrunedInputs`. For mRoPE models `rope_deltas` of the model is set too, as its own prefill would do.

@@ -36,7 +36,9 @@ class Context(engine.InputProcessingContext):
 def engine_settings(model_config: Any) -> Settings:
     """The environment's settings with the engine's arguments over them."""
     given = model_config.get_multimodal_config().mm_processor_kwargs or {}
-    return from_environment().updated(given)
+    settings = from_environment().updated(given)
+    settings.check_complete()
+    return settings
 
 
 def user_words(prompt: list[int], info: Any) -> tuple[int, ...]:
@@ -90,7 +92,8 @@ class PruningProcessor:
                 )
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
         settings = self.settings.updated(kwargs)
-        query = user_words(inputs.prompt, self.info) if settings.on and settings.query == "text" else ()
+        settings.check_complete()
+        query = user_words(inputs.prompt, self.info) if settings.on and settings.asks else ()
         inputs = replace(inputs, hf_processor_mm_kwargs={**without_settings(kwargs), REQUEST: Request(settings, query)})
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         metrics.count_request([order_of(item) for item in result["mm_kwargs"].get("image", ()) if item is not None])
@@ -110,9 +113,9 @@ class PruningProcessor:
         images = mm_items.get("image", ())
         if request is None or not images:
             return inputs
-        blank = Order(0, 0, 0, request.settings.options).pack()
+        blank = Order(0, 0, 0, request.settings.rule).pack()
         fields = {
-            ORDER: torch.tensor([blank] * len(images), dtype=torch.float64),
+            ORDER: torch.tensor([blank] * len(images), dtype=torch.int64),
             QUERY: [torch.tensor(request.query, dtype=torch.int64)] * len(images),
         }
         return inputs._replace(passthrough_data={**inputs.passthrough_data, **fields})

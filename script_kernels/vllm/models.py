@@ -46,11 +46,6 @@ class PrunedModel:
                 self,
                 "cudagraph_mm_encoder, which goes round the selection",
             )
-            refuse(
-                multimodal.mm_encoder_only and engine_settings(vllm_config.model_config).asks,
-                self,
-                "script_query=text where the encoder runs alone: the words are embedded beside the language model",
-            )
             refuse(lora and lora.enable_tower_connector_lora, self, "enable_tower_connector_lora")
 
     def base_rows(self) -> int:

@@ -35,9 +35,9 @@ class Context(engine.InputProcessingContext):
 
 def engine_settings(model_config: Any) -> Settings:
     """The environment's settings with the engine's arguments over them."""
-    given = model_config.get_multimodal_config().mm_processor_kwargs or {}
-    settings = from_environment().updated(given)
-    settings.check_complete()
+    multimodal = model_config.get_multimodal_config()
+    settings = from_environment().updated(multimodal.mm_processor_kwargs or {})
+    settings.check_complete(multimodal.mm_encoder_only)
     return settings
 
 
@@ -92,7 +92,7 @@ class PruningProcessor:
                 )
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
         settings = self.settings.updated(kwargs)
-        settings.check_complete()
+        settings.check_complete(self.info.ctx.model_config.get_multimodal_config().mm_encoder_only)
         query = user_words(inputs.prompt, self.info) if settings.on and settings.asks else ()
         inputs = replace(inputs, hf_processor_mm_kwargs={**without_settings(kwargs), REQUEST: Request(settings, query)})
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
@@ -133,8 +133,13 @@ class PruningProcessor:
         request, kwargs = split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
         images = mm_items.get("image", ())
-        # Images that come as embeddings were chosen by whoever made them.
-        if request is None or not request.settings.on or not isinstance(images, engine.ImageProcessorItems):
+        if request is None or not request.settings.on:
+            return list(updates)
+        if not isinstance(images, engine.ImageProcessorItems):
+            # Images that come as embeddings were chosen by whoever made them.
+            data = getattr(images, "data", None)
+            if isinstance(data, Mapping) and "image_embeds" not in data:
+                raise ValueError(f"image: expected pixels or image_embeds, got {', '.join(sorted(data))} alone")
             return list(updates)
         return [
             self._shortened(update, images, out_mm_kwargs["image"], request.settings)

@@ -157,8 +157,15 @@ class Settings:
         """Whether the choice depends on the question: a method that looks at no relevance is spared it."""
         return self.query == "text" and needs_relevance(self.method)
 
-    def check_complete(self) -> None:
-        """Raises ValueError where nothing would be chosen by: what the environment leaves open an argument may say."""
+    def check_complete(self, encoder_only: bool = False) -> None:
+        """Raises ValueError where there is nothing to choose by: what the environment leaves open an argument may say.
+
+        encoder_only: the engine has no language model, and so no embeddings of words.
+        """
+        if self.on and encoder_only and self.asks:
+            raise ValueError(
+                "script_query: expected None where the encoder runs without the language model, got 'text'"
+            )
         if self.on and self.method == "relevance" and not self.asks:
             raise ValueError("script_method: expected one that works without script_query=text, got 'relevance'")
 

@@ -11,17 +11,20 @@ which keep every destination of a round, and by `released_script`.
 `select` also takes a callable of that signature, and checks what it returns. docs/methods.md has formulas and sources.
 """
 
+import inspect
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from ..options import GspOptions, PruneOptions
 from ._common import check, relevance_of
 from .diverse import divprune, mmr
 from .dpp import cdpruner, dpp, otprune, resprune, script
 from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
 
-__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "relevance_of", "select"]
+__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select"]
 
 Method = Callable[..., torch.Tensor]
 
@@ -59,6 +62,19 @@ def get(method: str | Method) -> Method:
     if method not in METHODS:
         raise ValueError(f"method: expected a callable or one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]
+
+
+def options_of(method: str | Method) -> dict[str, Any]:
+    """Names and defaults of the options of a method of the package, and `negate`, which is the relevance's.
+
+    Raises:
+        ValueError, TypeError: what `get` raises.
+    """
+    chosen = get(method)
+    own = {n: p.default for n, p in inspect.signature(chosen).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    # These two hand theirs on to the ops.
+    handed = {METHODS["gsp"]: GspOptions(), METHODS["script"]: PruneOptions()}.get(chosen)
+    return {"negate": False, **({} if handed is None else asdict(handed)), **own}
 
 
 def select(

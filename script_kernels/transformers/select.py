@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Mapping
@@ -58,7 +57,7 @@ class Budget:
             raise ValueError(f"reduce: expected 'mean' or 'max', got {self.reduce!r}")
         chosen = methods.get(self.method)
         if isinstance(self.method, str):
-            known = _options_of(chosen)
+            known = list(methods.options_of(chosen))
             unknown = sorted(set(self.options) - set(known))
             if unknown:
                 raise TypeError(f"options: expected some of {', '.join(known)}, got {', '.join(unknown)}")
@@ -81,16 +80,6 @@ class Budget:
         asked = self.keep if self.keep_ratio is None else math.ceil(self.keep_ratio * length - 1e-9)
         assert asked is not None
         return min(length, max(asked, self.min_tokens))
-
-
-def _options_of(method: methods.Method) -> list[str]:
-    """`negate`, which is the relevance's, and the options that a method of the package takes."""
-    named = [n for n, p in inspect.signature(method).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    if method is methods.METHODS["gsp"]:  # these two hand theirs on to the ops
-        named += ["threshold", "gamma", "min_degree"]
-    if method is methods.METHODS["script"]:
-        named += OPTIONS
-    return list(dict.fromkeys(["negate", *named]))
 
 
 def settings(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import engine, metrics
 from .processing import ORDER, QUERY, AnyResolution, engine_settings, image_token_id, order_of, register
-from .select import POSITION_CHANNELS, attach_positions, choose, detach_positions, grid_positions, unit_mean
+from .select import POSITION_CHANNELS, attach_positions, choose, detach_positions, grid_positions
 from .settings import Order
 
 
@@ -57,7 +57,7 @@ class PrunedModel:
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if not self.pruning or rows is None:
             return features
-        orders = [Order.unpack(row) for row in rows.tolist()]
+        orders = [Order.unpack(row.tolist()) for row in rows]
         return self.prune_step(list(features), orders, words, kwargs)
 
     @torch.no_grad()
@@ -79,11 +79,11 @@ class PrunedModel:
         return kept
 
     def embed_query(self, ids: Tensor, rows: Tensor) -> Tensor | None:
-        """The (1, C) query of one image's question, or None without one."""
+        """The (Q, C) words of one image's question, or None without one."""
         if not len(ids):
             return None
         table = self.get_language_model().embed_input_ids  # type: ignore[attr-defined]
-        return unit_mean(table(ids.to(rows.device)).to(rows.dtype))
+        return table(ids.to(rows.device)).to(rows.dtype)
 
 
 class PrunedMrope(PrunedModel):

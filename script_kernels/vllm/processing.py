@@ -35,8 +35,10 @@ class Context(engine.InputProcessingContext):
 
 def engine_settings(model_config: Any) -> Settings:
     """The environment's settings with the engine's arguments over them."""
-    given = model_config.get_multimodal_config().mm_processor_kwargs or {}
-    return from_environment().updated(given)
+    multimodal = model_config.get_multimodal_config()
+    settings = from_environment().updated(multimodal.mm_processor_kwargs or {})
+    settings.check_complete(multimodal.mm_encoder_only)
+    return settings
 
 
 def user_words(prompt: list[int], info: Any) -> tuple[int, ...]:
@@ -90,7 +92,8 @@ class PruningProcessor:
                 )
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
         settings = self.settings.updated(kwargs)
-        query = user_words(inputs.prompt, self.info) if settings.on and settings.query == "text" else ()
+        settings.check_complete(self.info.ctx.model_config.get_multimodal_config().mm_encoder_only)
+        query = user_words(inputs.prompt, self.info) if settings.on and settings.asks else ()
         inputs = replace(inputs, hf_processor_mm_kwargs={**without_settings(kwargs), REQUEST: Request(settings, query)})
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         metrics.count_request([order_of(item) for item in result["mm_kwargs"].get("image", ()) if item is not None])
@@ -110,9 +113,9 @@ class PruningProcessor:
         images = mm_items.get("image", ())
         if request is None or not images:
             return inputs
-        blank = Order(0, 0, 0, request.settings.options).pack()
+        blank = Order(0, 0, 0, request.settings.rule).pack()
         fields = {
-            ORDER: torch.tensor([blank] * len(images), dtype=torch.float64),
+            ORDER: torch.tensor([blank] * len(images), dtype=torch.int64),
             QUERY: [torch.tensor(request.query, dtype=torch.int64)] * len(images),
         }
         return inputs._replace(passthrough_data={**inputs.passthrough_data, **fields})
@@ -130,8 +133,13 @@ class PruningProcessor:
         request, kwargs = split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
         images = mm_items.get("image", ())
-        # Images that come as embeddings were chosen by whoever made them.
-        if request is None or not request.settings.on or not isinstance(images, engine.ImageProcessorItems):
+        if request is None or not request.settings.on:
+            return list(updates)
+        if not isinstance(images, engine.ImageProcessorItems):
+            # Images that come as embeddings were chosen by whoever made them.
+            data = getattr(images, "data", None)
+            if isinstance(data, Mapping) and "image_embeds" not in data:
+                raise ValueError(f"image: expected pixels or image_embeds, got {', '.join(sorted(data))} alone")
             return list(updates)
         return [
             self._shortened(update, images, out_mm_kwargs["image"], request.settings)

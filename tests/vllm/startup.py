@@ -19,6 +19,10 @@ BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "unknown": ("llava", {"script_keep": 4, "script_gamma2": 1}, {}),
     "bad_option": ("llava", {"script_keep": 4, "script_gsp_drop": 2}, {}),
     "family": ("llava_onevision", {"script_keep": 4}, {}),
+    "no_method": ("llava", {"script_keep": 4, "script_method": "best"}, {}),
+    "bad_method_option": ("llava", {"script_keep": 4, "script_method": "cdpruner", "script_power": -1}, {}),
+    "unasked_relevance": ("llava", {"script_keep": 4, "script_method": "relevance"}, {}),
+    "asked_encoder": ("llava", {"script_keep": 4, "script_query": "text"}, {"mm_encoder_only": True}),
     "own_pruning": ("qwen2_5_vl", {"script_keep": 4}, {"video_pruning_rate": 0.5}),
 }
 

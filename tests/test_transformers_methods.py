@@ -189,3 +189,10 @@ def test_what_cannot_be_calibrated_is_refused():
         calibrate_model(model, inputs, keep=4, first_tokens=0, grid=GRID)
     with pytest.raises(ValueError, match="keep: expected fewer than the 36 visual tokens"):
         calibrate_model(model, inputs, keep=36, grid=GRID)
+
+
+def test_a_union_is_the_method_s_as_the_op_has_none():
+    model, inputs = example("llava")
+    (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    kept = prune_inputs(model, inputs, 9, query=None, combine="union").keep_indices[0]
+    assert torch.equal(kept, methods.select(visual.features[None], None, 9, combine="union")[0])

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from script_kernels import methods
+from script_kernels.options import INTEGRATION_FLOOR
 from script_kernels.vllm.settings import Order, Settings, from_environment, without_settings
 
 RATIO = Settings(keep_ratio=0.25)
@@ -137,7 +138,8 @@ def test_the_environment_s_options_are_those_of_its_method() -> None:
 
 def test_knobs_that_stand_where_the_op_has_them_are_the_op() -> None:
     plain = Settings(keep=4, query="text")
-    still = Settings(keep=4, query="text", options={"power": 1, "mix": 1.0, "floor": 0, "ridge": 0.0, "gsp_drop": 0.25})
+    given = {"power": 1, "mix": 1.0, "floor": 0.6, "ridge": 0.0, "gsp_drop": 0.25}
+    still = Settings(keep=4, query="text", options=given)
     turned = Settings(keep=4, query="text", options={"power": 2})
     assert plain.rule.fused == still.rule.fused is not None
     assert plain.identity((1,)) == still.identity((1,))
@@ -177,3 +179,16 @@ def test_a_share_that_no_rounds_reach_is_refused_before_the_encoder() -> None:
         restricted.placeholders(576)
     assert Settings(keep=500, options={"combine": "restrict"}).placeholders(576) == 500  # the op fills up
     assert Settings(keep=500, options={"combine": "union", "gsp_drop": 0.9}).placeholders(576) == 500
+
+
+def test_a_question_has_the_integrations_floor_under_it() -> None:
+    asked = Settings(keep=4, query="text").rule.fused
+    assert asked is not None
+    assert asked.floor == INTEGRATION_FLOOR
+    free = Settings(keep=4).rule.fused
+    assert free is not None
+    assert free.floor == 0
+    own = Settings(keep=4, query="text", options={"floor": 0.1}).rule.fused
+    assert own is not None
+    assert own.floor == 0.1
+    assert dict(Settings(keep=4, query="text", options={"mix": 0.5}).rule.options)["floor"] == 0

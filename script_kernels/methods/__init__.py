@@ -12,19 +12,19 @@ which keep every destination of a round, and by `released_script`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from ..options import GspOptions, PruneOptions
+from ..options import INTEGRATION_FLOOR, GspOptions, PruneOptions
 from ._common import check, relevance_of
 from .diverse import divprune, mmr
 from .dpp import cdpruner, dpp, otprune, resprune, script
 from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
 
-__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select"]
+__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select", "with_floor"]
 
 Method = Callable[..., torch.Tensor]
 
@@ -75,6 +75,13 @@ def options_of(method: str | Method) -> dict[str, Any]:
     # These two hand theirs on to the ops.
     handed = {METHODS["gsp"]: GspOptions(), METHODS["script"]: PruneOptions()}.get(chosen)
     return {"negate": False, **({} if handed is None else asdict(handed)), **own}
+
+
+def with_floor(method: str | Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with the integrations' floor under the relevance of "script" where nothing is said of its weight."""
+    if method != "script" or {"floor", "mix", "power"} & set(options):
+        return dict(options)
+    return {"floor": INTEGRATION_FLOOR, **options}
 
 
 def select(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from script_kernels import methods, prune, prune_varlen
 from script_kernels.calibrate import Calibration
-from script_kernels.options import INTEGRATION_FLOOR
 
 from .device import send
 from .layouts import Visual
@@ -63,16 +62,10 @@ class Budget:
                 raise TypeError(f"options: expected some of {', '.join(known)}, got {', '.join(unknown)}")
 
     @property
-    def given(self) -> dict[str, Any]:
-        """The options, with a floor under the relevance of "script" where nothing else is said of its weight."""
-        if self.method != "script" or {"floor", "mix", "power"} & set(self.options):
-            return dict(self.options)
-        return {"floor": INTEGRATION_FLOOR, **self.options}
-
-    @property
     def fused(self) -> bool:
         """Whether the op `prune` does it all: its own method, options and relevance."""
-        return self.method == "script" and self.reduce == "mean" and set(self.options) <= set(OPTIONS)
+        own = self.method == "script" and self.reduce == "mean" and set(self.options) <= set(OPTIONS)
+        return own and self.options.get("combine") != "union"
 
     def tokens(self, length: int) -> int:
         """Tokens that stay of a unit of `length`. A unit that has fewer than asked for stays whole."""
@@ -144,7 +137,7 @@ def _prune_units(
         return torch.arange(len(tokens), device=tokens.device)
     if not budget.fused:
         return _by_method(tokens, lengths, keeps, None if query is None else score, budget)
-    options = budget.given
+    options = methods.with_floor(budget.method, budget.options)
     if len(set(lengths)) == 1 and len(set(keeps)) == 1:
         kept = prune(tokens.view(len(lengths), lengths[0], -1), query, keeps[0], **options)
         if len(lengths) > 1:
@@ -157,7 +150,8 @@ def _prune_units(
 
 def _by_method(tokens: Tensor, lengths: list[int], keeps: list[int], score: Tensor | None, budget: Budget) -> Tensor:
     """What `_prune_units` gives, unit by unit. `score` has the sign of `negate` already."""
-    options = {name: value for name, value in budget.given.items() if name != "negate"}
+    options = methods.with_floor(budget.method, budget.options)
+    options.pop("negate", None)
     scores = [None] * len(lengths) if score is None else [s[None] for s in score.split(lengths)]
     kept, start = [], 0
     for part, own, length, keep in zip(tokens.split(lengths), scores, lengths, keeps, strict=True):

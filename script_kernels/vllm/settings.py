@@ -143,7 +143,8 @@ class Settings:
     @property
     def rule(self) -> Rule:
         """What chooses, with defaults filled in, so that two of them are equal where they choose equally."""
-        options = {**defaults_of(self.method), **self.options}
+        given = with_floor(self.method, self.options) if self.asks else self.options
+        options = {**defaults_of(self.method), **given}
         if self.method == "script":
             # Knobs that stand where the op has them need no method of their own.
             defaults = defaults_of("script")
@@ -215,6 +216,12 @@ class Settings:
         by = "" if self.method == "script" else f"-{self.method}"
         whole = json.dumps([self.keep, self.keep_ratio, self.asks, self.rule.text(), list(query)])
         return f"script-{named}{by}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}-"
+
+
+def with_floor(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    from .. import methods
+
+    return methods.with_floor(method, options)
 
 
 def method_names() -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 // The fuzz target of every op: which one is the name of the program, `<op>` or `<op>.<anything>`.
 //
 // The first two bytes choose the SIMD level and the threads, the others are the call (see bytes.hpp). It runs twice, on
-// outputs filled with different bytes: all of them must come out the same, so everything has been written and nothing
-// depends on what was there. Then the promises of the op are checked in double.
+// outputs and workspaces filled with different bytes: all outputs must come out the same, so everything has been
+// written and nothing depends on what was there. Then the promises of the op are checked in double.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,16 +10,22 @@
 
 #include "calls.hpp"
 #include "core/loop_threads.hpp"
+#include "core/workspace.hpp"
 #include "levels.hpp"
 #include "oracle.hpp"
 
 namespace {
 
+constexpr int64_t kDirty = 1 << 19;  // bytes of this thread's workspace, more than most inputs need
 size_t op = 0;
 
 // Whether the call was refused.
 bool run(fuzz::Call& call, int64_t threads, unsigned char canary) {
   call.fill(canary);
+  {
+    script::cpu::Scratch scratch;
+    std::memset(scratch.take<char>(kDirty), canary, kDirty);
+  }
   try {
     call.run(fuzz::cpu::loop_threads(threads));
   } catch (const std::runtime_error&) {

@@ -256,10 +256,11 @@ def _select(tokens: Tensor, relevance: Tensor, tier: Tensor, k: int, dtype: torc
     """Greedy selection in which bad tokens form a tier of their own behind all others."""
     bad = bad_rows(tokens) | ~torch.isfinite(relevance)
     relevance = relevance.masked_fill(bad, 0.0)
-    # By a power of two, so that no square overflows or vanishes.
-    exponent = -torch.frexp(relevance.abs().amax(1, keepdim=True)).exponent
+    # By a power of two, so that no square overflows or vanishes. A zero row has L_ii = 0, whatever its relevance.
+    weight = relevance.masked_fill((tokens == 0).all(-1), 0.0)
+    exponent = -torch.frexp(weight.abs().amax(1, keepdim=True)).exponent
     indices, gains = greedy(
-        kernel_matrix(tokens, torch.ldexp(relevance, exponent), dtype=dtype), relevance, tier.masked_fill(bad, 2), k
+        kernel_matrix(tokens, torch.ldexp(weight, exponent), dtype=dtype), relevance, tier.masked_fill(bad, 2), k
     )
     return indices, torch.ldexp(gains.double(), -2 * exponent).clamp(max=torch.finfo(dtype).max).to(dtype)
 

@@ -6,18 +6,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <exception>
 #include <map>
 #include <optional>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "core/bipartite_match.hpp"
 #include "core/dpp_map.hpp"
 #include "core/gsp.hpp"
+#include "core/loop_threads.hpp"
 #include "core/mask_intersect.hpp"
 #include "core/prune.hpp"
 #include "core/prune_varlen.hpp"
@@ -75,43 +73,6 @@ cpu::QueryBatch query_of(const py::array& query, const std::optional<Array<bool>
   return batch;
 }
 
-// ---- threads ----------------------------------------------------------------------------------------------------
-
-// Threads that live for one loop; no piece is worth one that would not outlast its start by far (see grain_for). A loop
-// within a piece runs in line. The first exception, by pieces, is thrown when all have ended.
-thread_local bool inside_loop = false;
-
-cpu::Threads threads_of(int64_t limit) {
-  const auto parallel = [limit](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-    const int64_t pieces = inside_loop ? 1 : std::min(limit, (count + grain - 1) / grain);
-    if (pieces <= 1) return cpu::serial(count, grain, body);
-    std::vector<std::exception_ptr> errors(static_cast<size_t>(pieces));
-    const auto run = [&](int64_t piece) {
-      inside_loop = true;
-      try {
-        body(count * piece / pieces, count * (piece + 1) / pieces);
-      } catch (...) {
-        errors[static_cast<size_t>(piece)] = std::current_exception();
-      }
-      inside_loop = false;
-    };
-    std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(pieces - 1));
-    int64_t next = 1;
-    try {
-      for (; next < pieces; ++next) others.emplace_back(run, next);
-    } catch (const std::system_error&) {  // no more threads to be had: this one does the rest
-    }
-    run(0);
-    for (; next < pieces; ++next) run(next);
-    for (std::thread& other : others) other.join();
-    for (const std::exception_ptr& error : errors) {
-      if (error) std::rethrow_exception(error);
-    }
-  };
-  return {limit, parallel};
-}
-
 // ---- ops --------------------------------------------------------------------------------------------------------
 
 Array<float> query_relevance(const py::array& tokens, const py::array& query,
@@ -121,7 +82,7 @@ Array<float> query_relevance(const py::array& tokens, const py::array& query,
   const cpu::TokenBatch batch = batch_of(tokens);
   const cpu::QueryBatch queries = query_of(query, query_mask);
   py::gil_scoped_release release;
-  cpu::query_relevance(batch, queries, negate, relevance, threads_of(threads));
+  cpu::query_relevance(batch, queries, negate, relevance, cpu::loop_threads(threads));
   return out;
 }
 
@@ -135,7 +96,7 @@ std::tuple<Array<float>, Array<int32_t>, Array<int32_t>, Array<float>, Array<flo
   const cpu::TokenBatch batch = batch_of(tokens);
   {
     py::gil_scoped_release release;
-    cpu::bipartite_match(batch, threshold, result, threads_of(threads));
+    cpu::bipartite_match(batch, threshold, result, cpu::loop_threads(threads));
   }
   return {best, match, degree, mean, density};
 }
@@ -150,7 +111,7 @@ std::tuple<Array<bool>, Array<float>> gsp(const py::array& tokens, int64_t keep,
   {
     py::gil_scoped_release release;
     cpu::gsp(batch, keep, cpu::gsp_options(threshold, gamma, min_degree, rounds), mask_data, redundancy_data,
-             threads_of(threads));
+             cpu::loop_threads(threads));
   }
   return {mask, redundancy};
 }
@@ -164,7 +125,7 @@ std::tuple<Array<int64_t>, Array<float>> dpp_map(const Array<float>& kernel, int
   const int64_t image_stride = kernel.strides(0) / size;
   {
     py::gil_scoped_release release;
-    cpu::dpp_map(first, image_stride, batch, k, picks, threads_of(threads));
+    cpu::dpp_map(first, image_stride, batch, k, picks, cpu::loop_threads(threads));
   }
   return {indices, gains};
 }
@@ -178,7 +139,7 @@ std::tuple<Array<int64_t>, Array<float>> qcsp(const py::array& tokens, const Arr
   const cpu::ValueBatch<float> values = values_of(relevance);
   {
     py::gil_scoped_release release;
-    cpu::qcsp(batch, values, k, picks, threads_of(threads));
+    cpu::qcsp(batch, values, k, picks, cpu::loop_threads(threads));
   }
   return {indices, gains};
 }
@@ -190,7 +151,7 @@ Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& 
   const cpu::ValueBatch<int64_t> rankings = values_of(ranking);
   const cpu::ValueBatch<cpu::Truth> masks = truths_of(mask);
   py::gil_scoped_release release;
-  cpu::mask_intersect(rankings, length, masks, n, batch, k, kept, threads_of(threads));
+  cpu::mask_intersect(rankings, length, masks, n, batch, k, kept, cpu::loop_threads(threads));
   return out;
 }
 
@@ -212,7 +173,7 @@ Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& qu
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
   py::gil_scoped_release release;
-  cpu::prune(batch, keep, options_of(options), kept, threads_of(threads));
+  cpu::prune(batch, keep, options_of(options), kept, cpu::loop_threads(threads));
   return out;
 }
 
@@ -227,7 +188,7 @@ Array<int64_t> prune_varlen(const py::array& tokens, const std::vector<int64_t>&
   if (query.has_value()) packed.query = query_of(*query, std::nullopt);
   if (aligned.has_value()) packed.aligned = rows_of(*aligned);
   py::gil_scoped_release release;
-  cpu::prune_varlen(packed, starts, keep, options_of(options), kept, threads_of(threads));
+  cpu::prune_varlen(packed, starts, keep, options_of(options), kept, cpu::loop_threads(threads));
   return out;
 }
 

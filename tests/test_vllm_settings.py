@@ -6,6 +6,7 @@ import math
 import pytest
 
 from script_kernels import methods
+from script_kernels.vllm.plugin import too_old
 from script_kernels.vllm.settings import Order, Settings, from_environment, without_settings
 
 RATIO = Settings(keep_ratio=0.25)
@@ -177,3 +178,18 @@ def test_a_share_that_no_rounds_reach_is_refused_before_the_encoder() -> None:
         restricted.placeholders(576)
     assert Settings(keep=500, options={"combine": "restrict"}).placeholders(576) == 500  # the op fills up
     assert Settings(keep=500, options={"combine": "union", "gsp_drop": 0.9}).placeholders(576) == 500
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [
+        ("0.30.1", True),
+        ("0.9.2", True),
+        ("0.31.0", False),
+        ("0.32.0+cpu", False),
+        ("1.0.0", False),
+        ("0.1.dev1+g12", False),
+    ],
+)
+def test_an_engine_that_is_too_old(version: str, old: bool) -> None:
+    assert too_old(version) == old

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import engine, metrics
-from .processing import ORDER, QUERY, AnyResolution, engine_settings, image_token_id, order_of, register
+from .processing import ORDER, QUERY, AnyResolution, image_token_id, order_of, register
 from .select import POSITION_CHANNELS, attach_positions, choose, detach_positions, grid_positions
-from .settings import Order
+from .settings import Order, engine_settings
 
 
 def refuse(condition: object, model: object, what: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import engines
 import tiny
 import transformers
+import vllm
 
 BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "no_tokens": ("llava", {"script_keep": 0}, {}),
@@ -23,6 +24,7 @@ BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bad_method_option": ("llava", {"script_keep": 4, "script_method": "cdpruner", "script_power": -1}, {}),
     "unasked_relevance": ("llava", {"script_keep": 4, "script_method": "relevance"}, {}),
     "asked_encoder": ("llava", {"script_keep": 4, "script_query": "text"}, {"mm_encoder_only": True}),
+    "old_engine": ("llava", {"script_keep": 4}, {}),
     "own_pruning": ("qwen2_5_vl", {"script_keep": 4}, {"video_pruning_rate": 0.5}),
 }
 
@@ -46,7 +48,9 @@ if __name__ == "__main__":
         tiny.save(family, root / family)
     save_unsupported(root / "llava_onevision", root / "llava")
     said = {}
+    version = vllm.__version__
     for name, (family, settings, arguments) in BAD.items():
+        vllm.__version__ = "0.30.2" if name == "old_engine" else version
         try:
             engines.start(root / family, settings, **arguments)
             said[name] = "started"

@@ -21,6 +21,7 @@ MESSAGES = {
     "bad_method_option": "script_power: expected 0 <= power <= 64, got -1",
     "unasked_relevance": "script_method: expected one that works without script_query=text, got 'relevance'",
     "asked_encoder": "script_query: expected None where the encoder runs without the language model, got 'text'",
+    "old_engine": "script_keep: expected vLLM 0.31 or newer, got 0.30.2",
     "own_pruning": "script_keep: expected PrunedQwen2_5_VL without the engine's own pruning (video_pruning_rate)",
 }
 

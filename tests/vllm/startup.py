@@ -6,12 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engines
 import tiny
 import transformers
 import vllm
+from vllm.config import CUDAGraphMode
 
 BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "no_tokens": ("llava", {"script_keep": 0}, {}),
@@ -42,6 +44,34 @@ def save_unsupported(folder: Path, like: Path) -> None:
     config.save_pretrained(folder)
 
 
+def with_graphs(mode: Any) -> str:
+    """What a model with (t, h, w) positions says to a mode of CUDA graphs, which the CPU engine has not."""
+    from script_kernels.vllm import models
+
+    class Plain:
+        def __init__(self, **kwargs: Any) -> None:
+            pass
+
+    class Model(models.PrunedMrope, Plain):
+        pass
+
+    multimodal = SimpleNamespace(
+        mm_processor_kwargs={"script_keep": 4}, mm_encoder_only=False, is_multimodal_pruning_enabled=lambda: False
+    )
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal, get_hidden_size=lambda: 8),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=False, cudagraph_mode=mode),
+        lora_config=None,
+        speculative_config=None,
+    )
+    try:
+        Model(vllm_config=config)
+    except ValueError as error:
+        return str(error)
+    return "started"
+
+
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     for family in ("llava", "qwen2_5_vl"):
@@ -56,4 +86,7 @@ if __name__ == "__main__":
             said[name] = "started"
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
+    vllm.__version__ = version
+    for mode in CUDAGraphMode:
+        said[f"graphs_{mode.name}"] = with_graphs(mode)
     print("TOLD", json.dumps(said))

@@ -41,6 +41,13 @@ def test_refused(said: dict[str, str], case: str) -> None:
     assert MESSAGES[case] in said[case]
 
 
+def test_graphs_that_replay_a_prefill_are_refused(said: dict[str, str]) -> None:
+    told = {name.removeprefix("graphs_"): text for name, text in said.items() if name.startswith("graphs_")}
+    assert "cudagraph_mode FULL, where a replayed prefill" in told.pop("FULL")
+    assert {"NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"} <= set(told)
+    assert set(told.values()) == {"started"}
+
+
 def test_the_refusal_of_a_family_names_it(said: dict[str, str]) -> None:
     assert said["family"].endswith("got LlavaOnevisionForConditionalGeneration")
 

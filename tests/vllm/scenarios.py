@@ -152,7 +152,7 @@ def separate(role: str, family: str, folder: Path) -> tuple[Any, engines.Watch, 
         settings["max_pixels"] = side * side
     # Encoded by the half that has no language model, an image needs no KV cache there.
     caching = {} if role == "ec_consumer" else {"enable_prefix_caching": False}
-    # The engine measures the width of what each modality encodes to, videos among them, unless there are none.
+    # An engine that only encodes tries every modality that it serves; the tiny models have no videos to try.
     limits = {"image": 4, "video": 0}
     engine = engines.start(
         folder, settings or None, ec_transfer_config=transfer(role), limit_mm_per_prompt=limits, **caching

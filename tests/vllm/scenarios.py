@@ -19,7 +19,7 @@ CHUNKS = (5, 17)
 METHODS: dict[str, dict[str, Any]] = {
     "cdpruner": {"method": "cdpruner", "query": "text", "reduce": "max", "power": 2.0, "floor": 0.1},
     "negated": {"method": "cdpruner", "query": "text", "negate": True},
-    "mixed": {"method": "script", "query": "text", "mix": 0.5},
+    "mixed": {"method": "script", "query": "text", "mix": 0.9, "negate": True},
     "divprune": {"method": "divprune", "query": None},
 }
 SIZES = ([(100, 60)], [(60, 110)], [(60, 110), (120, 60)], [])

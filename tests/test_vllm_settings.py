@@ -7,6 +7,7 @@ import pytest
 
 from script_kernels import methods
 from script_kernels.options import INTEGRATION_FLOOR
+from script_kernels.vllm.plugin import too_old
 from script_kernels.vllm.settings import Order, Settings, from_environment, without_settings
 
 RATIO = Settings(keep_ratio=0.25)
@@ -192,3 +193,18 @@ def test_a_question_has_the_integrations_floor_under_it() -> None:
     assert own is not None
     assert own.floor == 0.1
     assert dict(Settings(keep=4, query="text", options={"mix": 0.5}).rule.options)["floor"] == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [
+        ("0.30.1", True),
+        ("0.9.2", True),
+        ("0.31.0", False),
+        ("0.32.0+cpu", False),
+        ("1.0.0", False),
+        ("0.1.dev1+g12", False),
+    ],
+)
+def test_an_engine_that_is_too_old(version: str, old: bool) -> None:
+    assert too_old(version) == old

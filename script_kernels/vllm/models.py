@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import engine, metrics
-from .processing import ORDER, QUERY, AnyResolution, engine_settings, image_token_id, order_of, register
+from .processing import ORDER, QUERY, AnyResolution, image_token_id, order_of, register
 from .select import POSITION_CHANNELS, attach_positions, choose, detach_positions, grid_positions
-from .settings import Order
+from .settings import Order, engine_settings
 
 
 def refuse(condition: object, model: object, what: str) -> None:
@@ -95,6 +95,12 @@ class PrunedMrope(PrunedModel):
         if self.pruning:
             refuse(vllm_config.parallel_config.pipeline_parallel_size > 1, self, "pipeline parallelism")
             refuse(vllm_config.speculative_config, self, "speculative decoding")
+            mode = vllm_config.compilation_config.cudagraph_mode
+            refuse(
+                mode is not None and mode.mixed_mode().name == "FULL",
+                self,
+                "cudagraph_mode FULL, where a replayed prefill goes round the positions (FULL_AND_PIECEWISE does not)",
+            )
 
     def grid(self, image_grid_thw: Any) -> tuple[int, int, int]:
         """(t, h, w) of an image's rows after the merger."""

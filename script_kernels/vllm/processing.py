@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import engine, metrics
-from .settings import Order, Settings, from_environment, is_setting, without_settings
+from .settings import Order, Settings, engine_settings, is_setting, without_settings
 
 # The key under which a prompt's request travels through the stock processor, beside the image processor's.
 REQUEST = "script_request"
@@ -31,14 +31,6 @@ class Context(engine.InputProcessingContext):
 
     def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **others: Any) -> dict[str, Any]:
         return without_settings(super().get_merged_mm_kwargs(kwargs, **others))
-
-
-def engine_settings(model_config: Any) -> Settings:
-    """The environment's settings with the engine's arguments over them."""
-    multimodal = model_config.get_multimodal_config()
-    settings = from_environment().updated(multimodal.mm_processor_kwargs or {})
-    settings.check_complete(multimodal.mm_encoder_only)
-    return settings
 
 
 def user_words(prompt: list[int], info: Any) -> tuple[int, ...]:

@@ -255,6 +255,14 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     return Settings().updated(given)
 
 
+def engine_settings(model_config: Any) -> Settings:
+    """The environment's settings with the engine's arguments over them."""
+    multimodal = model_config.get_multimodal_config()
+    settings = from_environment().updated(multimodal.mm_processor_kwargs or {})
+    settings.check_complete(getattr(multimodal, "mm_encoder_only", False))
+    return settings
+
+
 @dataclass(frozen=True)
 class Order:
     """What the processor tells the model about one image, as one row of integers.

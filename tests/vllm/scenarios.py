@@ -19,7 +19,7 @@ CHUNKS = (5, 17)
 METHODS: dict[str, dict[str, Any]] = {
     "cdpruner": {"method": "cdpruner", "query": "text", "reduce": "max", "power": 2.0, "floor": 0.1},
     "negated": {"method": "cdpruner", "query": "text", "negate": True},
-    "mixed": {"method": "script", "query": "text", "mix": 0.5},
+    "mixed": {"method": "script", "query": "text", "mix": 0.9, "negate": True},
     "divprune": {"method": "divprune", "query": None},
 }
 SIZES = ([(100, 60)], [(60, 110)], [(60, 110), (120, 60)], [])
@@ -152,7 +152,11 @@ def separate(role: str, family: str, folder: Path) -> tuple[Any, engines.Watch, 
         settings["max_pixels"] = side * side
     # Encoded by the half that has no language model, an image needs no KV cache there.
     caching = {} if role == "ec_consumer" else {"enable_prefix_caching": False}
-    engine = engines.start(folder, settings or None, ec_transfer_config=transfer(role), **caching)
+    # An engine that only encodes tries every modality that it serves; the tiny models have no videos to try.
+    limits = {"image": 4, "video": 0}
+    engine = engines.start(
+        folder, settings or None, ec_transfer_config=transfer(role), limit_mm_per_prompt=limits, **caching
+    )
     prompts = [(tiny.question(family, 1, i), [tiny.picture(side, side, seed=i)]) for i in range(9)]
     return engine, engines.Watch(engine), [prompts[:1], prompts[1:]]
 

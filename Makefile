@@ -3,6 +3,7 @@
 #   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64"); installs only what it needs
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
 #   make test-vllm the plugin on vLLM's CPU build, in an environment of its own
+#   make test-lmms the accuracy run on lmms-eval, in an environment of its own
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
@@ -34,7 +35,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-vllm lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm test-lmms lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -90,6 +91,11 @@ test: lint
 test-vllm:
 	$(PYTHON) tests/vllm/install.py .venv-vllm
 	.venv-vllm/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini tests/vllm
+
+# On the real lmms-eval, in an environment on top of $(VENV) (x86-64, for decord's wheels; about 1 GB).
+test-lmms: setup
+	$(PY) tests/lmms/environment.py .venv-lmms
+	.venv-lmms/bin/python -m pytest --rootdir tests/lmms -c tests/lmms/pytest.ini tests/lmms
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

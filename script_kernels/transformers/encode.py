@@ -58,9 +58,8 @@ def encode(
             raise
         # Pixels and sizes that disagree end somewhere in the model's own encoder, in words that name neither.
         given = [name for name in inputs if name in family.pixels.values() or name.endswith(("_grid_thw", "_sizes"))]
-        raise ValueError(
-            f"{', '.join(given)}: expected what the vision encoder of {type(model).__name__} takes, got an error: {error}"
-        ) from error
+        encoder = f"the vision encoder of {type(model).__name__}"
+        raise ValueError(f"{', '.join(given)}: expected what {encoder} takes, got an error: {error}") from error
     for modality in outputs:
         placeholder = token_id(model, modality)
         if placeholder is None:

@@ -15,9 +15,6 @@ MOST_ROUNDS = 100
 # No dimension of any argument is larger. Positions and counts are then exact in int32 and float32, and a view of stride
 # 0, which may claim any size without having it, cannot ask for work without end.
 MOST_SIZE = 2**24
-# What the integrations put under a relevance, which they take from a prompt's words. In docs/judge.md it ties with the
-# best of all that is tried there, and 0, the paper's and the ops' default, loses more answers than no question at all.
-INTEGRATION_FLOOR = 0.6
 
 
 def is_symbolic(value: object) -> bool:

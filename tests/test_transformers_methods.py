@@ -124,10 +124,10 @@ def test_calibration_compares_what_generate_would_see(family):
         values = []
         for given in inputs:
             said = model.generate(**given, max_new_tokens=3, do_sample=False)[:, given["input_ids"].shape[1] :]
-            how = {"method": candidate.method, "reduce": candidate.reduce, "negate": candidate.negate}
-            pruned = prune_inputs(
-                model, given, 3, query="text" if candidate.query else None, **how, **candidate.options
-            )
+            # A candidate is all that it says and the method's own defaults, not those of an integration.
+            how = {**methods.options_of(candidate.method), **candidate.options, "negate": candidate.negate}
+            how |= {"method": candidate.method, "reduce": candidate.reduce}
+            pruned = prune_inputs(model, given, 3, query="text" if candidate.query else None, **how)
             before = forced(model, given, said)
             after = forced(model, pruned, said)
             values.append(float((before.exp() * (before - after)).sum(-1).mean()))

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from ..options import INTEGRATION_FLOOR, GspOptions, PruneOptions
+from ..options import GspOptions, PruneOptions
 from ._common import check, relevance_of
 from .diverse import divprune, mmr
 from .dpp import cdpruner, dpp, otprune, resprune, script
 from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
 
-__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select", "with_floor"]
+__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select", "settled"]
 
 Method = Callable[..., torch.Tensor]
 
@@ -77,11 +77,28 @@ def options_of(method: str | Method) -> dict[str, Any]:
     return {"negate": False, **({} if handed is None else asdict(handed)), **own}
 
 
-def with_floor(method: str | Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with the integrations' floor under the relevance of "script" where nothing is said of its weight."""
-    if method != "script" or {"floor", "mix", "power"} & set(options):
-        return dict(options)
-    return {"floor": INTEGRATION_FLOOR, **options}
+# What the integrations have "script" do with the words of a question, as far as nothing is said of it: by the rule of
+# docs/judge.md. The ops' own defaults are the paper's, which lose more answers than no question at all.
+ASKED: dict[tuple[str, ...], dict[str, Any]] = {
+    ("floor", "mix", "power"): {"floor": 0.3},
+    ("combine", "gsp_drop", "oversample", "rounds", "survivors"): {"combine": "restrict", "survivors": 2.0},
+}
+
+
+def settled(
+    method: str | Method, options: Mapping[str, Any], reduce: str | None, asked: bool
+) -> tuple[dict[str, Any], str]:
+    """The options and the reduction of a relevance that an integration uses, where its user left some of them open.
+
+    asked: whether there is a question. Without one, and for other methods, open ones are the method's own.
+    """
+    found = dict(options)
+    if method != "script" or not asked:
+        return found, reduce or "mean"
+    for names, chosen in ASKED.items():
+        if not set(names) & set(options):
+            found |= chosen
+    return found, reduce or "max"
 
 
 def select(

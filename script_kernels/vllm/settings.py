@@ -115,7 +115,7 @@ class Settings:
     keep_ratio: float | None = None
     query: str | None = None
     method: str = "script"
-    reduce: str = "mean"
+    reduce: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class Settings:
             raise ValueError(f"script_keep_ratio: expected a number in (0, 1], got {ratio!r}")
         if self.query not in (None, "text"):
             raise ValueError(f"script_query: expected 'text' or None, got {self.query!r}")
-        if self.reduce not in ("mean", "max"):
+        if self.reduce not in (None, "mean", "max"):
             raise ValueError(f"script_reduce: expected 'mean' or 'max', got {self.reduce!r}")
         known = method_names()
         if self.method not in known:
@@ -143,7 +143,7 @@ class Settings:
     @property
     def rule(self) -> Rule:
         """What chooses, with defaults filled in, so that two of them are equal where they choose equally."""
-        given = with_floor(self.method, self.options) if self.asks else self.options
+        given, reduce = settled(self.method, self.options, self.reduce, self.asks)
         options = {**defaults_of(self.method), **given}
         if self.method == "script":
             # Knobs that stand where the op has them need no method of their own.
@@ -151,7 +151,7 @@ class Settings:
             knobs = [name for name in options if name not in OPTIONS]
             if all(options[name] == defaults[name] and type(options[name]) is not bool for name in knobs):
                 options = {name: options[name] for name in OPTIONS}
-        return Rule(self.method, self.reduce if self.asks else "mean", tuple(sorted(options.items())))
+        return Rule(self.method, reduce if self.asks else "mean", tuple(sorted(options.items())))
 
     @property
     def asks(self) -> bool:
@@ -218,10 +218,10 @@ class Settings:
         return f"script-{named}{by}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}-"
 
 
-def with_floor(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def settled(method: str, options: Mapping[str, Any], reduce: str | None, asked: bool) -> tuple[dict[str, Any], str]:
     from .. import methods
 
-    return methods.with_floor(method, options)
+    return methods.settled(method, options, reduce, asked)
 
 
 def method_names() -> tuple[str, ...]:

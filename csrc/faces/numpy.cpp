@@ -6,9 +6,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <map>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -39,6 +41,28 @@ std::map<std::string, std::string> build_info() {
       {"torch", SCRIPT_TORCH},
   };
 }
+
+// ---- the GIL ----------------------------------------------------------------------------------------------------
+
+// Lets go of the GIL for as long as it lives. A daemon thread that wants it back when the interpreter is ending is told
+// to end, up to Python 3.13 by unwinding its stack, which a destructor cannot let through (pybind11's would abort the
+// process), and which would let go of arrays without the GIL. So it stays here, as it does from Python 3.14 on.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 // ---- views ------------------------------------------------------------------------------------------------------
 
@@ -81,7 +105,7 @@ Array<float> query_relevance(const py::array& tokens, const py::array& query,
   float* relevance = out.mutable_data();
   const cpu::TokenBatch batch = batch_of(tokens);
   const cpu::QueryBatch queries = query_of(query, query_mask);
-  py::gil_scoped_release release;
+  WithoutGil release;
   cpu::query_relevance(batch, queries, negate, relevance, cpu::loop_threads(threads));
   return out;
 }
@@ -95,7 +119,7 @@ std::tuple<Array<float>, Array<int32_t>, Array<int32_t>, Array<float>, Array<flo
                                 density.mutable_data()};
   const cpu::TokenBatch batch = batch_of(tokens);
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     cpu::bipartite_match(batch, threshold, result, cpu::loop_threads(threads));
   }
   return {best, match, degree, mean, density};
@@ -109,7 +133,7 @@ std::tuple<Array<bool>, Array<float>> gsp(const py::array& tokens, int64_t keep,
   float* redundancy_data = redundancy.mutable_data();
   const cpu::TokenBatch batch = batch_of(tokens);
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     cpu::gsp(batch, keep, cpu::gsp_options(threshold, gamma, min_degree, rounds), mask_data, redundancy_data,
              cpu::loop_threads(threads));
   }
@@ -124,7 +148,7 @@ std::tuple<Array<int64_t>, Array<float>> dpp_map(const Array<float>& kernel, int
   const cpu::KernelView first{kernel.data(), kernel.shape(1), kernel.strides(1) / size, kernel.strides(2) / size};
   const int64_t image_stride = kernel.strides(0) / size;
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     cpu::dpp_map(first, image_stride, batch, k, picks, cpu::loop_threads(threads));
   }
   return {indices, gains};
@@ -138,7 +162,7 @@ std::tuple<Array<int64_t>, Array<float>> qcsp(const py::array& tokens, const Arr
   const cpu::TokenBatch batch = batch_of(tokens);
   const cpu::ValueBatch<float> values = values_of(relevance);
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     cpu::qcsp(batch, values, k, picks, cpu::loop_threads(threads));
   }
   return {indices, gains};
@@ -150,7 +174,7 @@ Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& 
   int64_t* kept = out.mutable_data();
   const cpu::ValueBatch<int64_t> rankings = values_of(ranking);
   const cpu::ValueBatch<cpu::Truth> masks = truths_of(mask);
-  py::gil_scoped_release release;
+  WithoutGil release;
   cpu::mask_intersect(rankings, length, masks, n, batch, k, kept, cpu::loop_threads(threads));
   return out;
 }
@@ -172,7 +196,7 @@ Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& qu
   cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
-  py::gil_scoped_release release;
+  WithoutGil release;
   cpu::prune(batch, keep, options_of(options), kept, cpu::loop_threads(threads));
   return out;
 }
@@ -187,7 +211,7 @@ Array<int64_t> prune_varlen(const py::array& tokens, const std::vector<int64_t>&
   cpu::PackedPrune packed{rows_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) packed.query = query_of(*query, std::nullopt);
   if (aligned.has_value()) packed.aligned = rows_of(*aligned);
-  py::gil_scoped_release release;
+  WithoutGil release;
   cpu::prune_varlen(packed, starts, keep, options_of(options), kept, cpu::loop_threads(threads));
   return out;
 }

@@ -40,7 +40,13 @@ def fuzz(program: pathlib.Path, op: str, seconds: float) -> tuple[str, str, bool
     corpus.mkdir(parents=True, exist_ok=True)
     for path in (COMMITTED / op).glob("*"):
         shutil.copy(path, corpus)
-    options = [f"-max_total_time={max(1, int(seconds))}", f"-max_len={LONGEST}", "-timeout=30", "-rss_limit_mb=3000"]
+    options = [
+        f"-max_total_time={max(1, int(seconds))}",
+        f"-max_len={LONGEST}",
+        "-len_control=0",
+        "-timeout=30",
+        "-rss_limit_mb=3000",
+    ]
     done = subprocess.run(
         [program, *options, f"-artifact_prefix={corpus.parent}/{op}-", corpus], stderr=subprocess.PIPE, text=True
     )

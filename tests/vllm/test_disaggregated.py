@@ -17,10 +17,13 @@ def halves(request: pytest.FixtureRequest, tell: Callable[..., Any], tmp_path_fa
     """What the stock encoder wrote, and what the pruning one wrote and the other half read."""
     family = request.param
     stores: dict[str, Path] = {name: tmp_path_factory.mktemp(name) for name in ("stock", "pruned")}
+    # The halves name the model alike: its name is part of an image's identity.
+    model = str(tmp_path_factory.mktemp("halves") / "model")
+    pruning = {"STORE": str(stores["pruned"]), "KEEP": str(KEEP), "MODEL": model}
     told = {
-        "stock": tell("encoder", family, STORE=str(stores["stock"]), VLLM_PLUGINS=""),
-        "encoder": tell("encoder", family, STORE=str(stores["pruned"]), KEEP=str(KEEP)),
-        "consumer": tell("consumer", family, STORE=str(stores["pruned"]), KEEP=str(KEEP)),
+        "stock": tell("encoder", family, STORE=str(stores["stock"]), MODEL=model, VLLM_PLUGINS=""),
+        "encoder": tell("encoder", family, **pruning),
+        "consumer": tell("consumer", family, **pruning),
     }
     for store in stores.values():
         shutil.rmtree(store)

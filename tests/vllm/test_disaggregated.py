@@ -12,7 +12,7 @@ KEEP = 0.22
 QUESTION = "script_query: expected None where the encoder runs without the language model, got 'text'"
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl"])
 def halves(request: pytest.FixtureRequest, tell: Callable[..., Any], tmp_path_factory: Any) -> dict[str, Any]:
     """What the stock encoder wrote, and what the pruning one wrote and the other half read."""
     family = request.param

@@ -62,6 +62,7 @@ def test_other_processor_keywords_are_left() -> None:
         ({"keep": 3, "mix": "half"}, r"script_mix: expected a float, got str"),
         ({"keep": 3, "method": "mmr", "balance": 2}, r"script_balance: expected 0 <= balance <= 1, got 2"),
         ({"keep": 3, "method": "random", "seed": 0.5}, r"script_seed: expected an int, got float"),
+        ({"keep": 3, "method": "random", "seed": 2**70}, r"script_seed: expected seed < 2\*\*63, got"),
         ({"keep": 3, "method": "gsp", "rounds": 0}, r"script_rounds: expected rounds >= 1, got 0"),
         ({"keep": 3, "seed": 1}, r"script_seed: expected one of .* with script_method=script, got script_seed"),
         (

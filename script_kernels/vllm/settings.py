@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from ..options import PruneOptions
@@ -95,7 +95,7 @@ class Rule:
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
-    @cache
+    @lru_cache(maxsize=256)  # requests may come with any number of rules
     def parse(text: str) -> Rule:
         read = json.loads(text)
         return Rule(read["method"], read["reduce"], tuple((name, value) for name, value in read["options"]))

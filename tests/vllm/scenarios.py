@@ -233,7 +233,8 @@ def half(family: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    scenario, family, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    scenario, family = sys.argv[1:3]
+    folder = Path(os.environ.get("MODEL", sys.argv[3]))
     if not folder.exists():
         tiny.save(family, folder, torch.bfloat16 if scenario == "half" else torch.float32)
     scenarios = (pruned, stock, planted, preempted, encoder, consumer, half)

@@ -47,7 +47,7 @@ def single(folder: Path) -> dict[str, list[Any]]:
 
 def start(folder: Path, out: Path, workers: int) -> subprocess.Popen[str]:
     command = [
-        sys.executable, str(HERE.parents[1] / "examples" / "ray_data.py"), "--model", str(folder / "model"),
+        sys.executable, str(HERE / "bulk" / "local.py"), "--model", str(folder / "model"),
         "--images", str(folder / "images"), "--out", str(out), "--question", QUESTION, "--keep", str(KEEP),
         "--tokens", str(TOKENS), "--workers", str(workers), "--batch", str(BATCH), "--cpu", "--engine",
         json.dumps(ENGINE),

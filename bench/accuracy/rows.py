@@ -45,9 +45,11 @@ class Preset:
 
 
 PRESETS = {
-    "llava-1.5-7b": Preset("llava_hf", "pretrained=llava-hf/llava-1.5-7b-hf,dtype=bfloat16", ("192", "128", "64")),
+    "llava-1.5-7b": Preset(
+        "llava_hf", "pretrained=llava-hf/llava-1.5-7b-hf,dtype=bfloat16,device_map=cuda", ("192", "128", "64")
+    ),
     "llava-next-7b": Preset(
-        "llava_hf", "pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,dtype=bfloat16", ("640", "320", "160")
+        "llava_hf", "pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,dtype=bfloat16,device_map=cuda", ("640", "320", "160")
     ),
     "qwen2.5-vl-7b": Preset("qwen2_5_vl", "pretrained=Qwen/Qwen2.5-VL-7B-Instruct,device_map=cuda", ("25%", "10%")),
 }
@@ -129,7 +131,8 @@ def score_of(cell: Cell | None) -> tuple[str, float] | None:
     if cell is None or run is None or run["void"]:
         return None
     scores = run["scores"].get(cell.task) or next(iter(run["scores"].values()))
-    name = SCORES.get(cell.task, next(iter(scores)))
+    name = SCORES.get(cell.task)
+    name = name if name in scores else next(iter(scores))
     return name, scores[name]
 
 
@@ -188,11 +191,15 @@ def table(cells: list[Cell], tasks: list[str]) -> str:
 
 
 def write(cells: list[Cell], tasks: list[str], out: Path) -> None:
-    (out / "table.md").write_text(table(cells, tasks))
-    with (out / "table.csv").open("w", newline="") as file:
+    """Both files whole or not at all: several of these commands may share a folder."""
+    part = out / f"table.{os.getpid()}.part"
+    part.write_text(table(cells, tasks))
+    part.replace(out / "table.md")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(records(cells))
+    part.replace(out / "table.csv")
 
 
 def run_cell(cell: Cell, echo: bool) -> bool:

@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "vllm"))
 from install import hash_of, output, patch_torchvision, run, stamp  # noqa: E402
 
-PINNED = ("lmms-eval==0.7.3", "decord==0.6.0")
+PINNED = ("lmms-eval==0.7.3", "filelock==3.29.7", "decord==0.6.0")
 KEPT = ("torch", "transformers")  # pip must not put others above those of the environment below
 
 
 def install(venv: Path, python: Path) -> None:
     run(sys.executable, "-m", "venv", "--clear", "--without-pip", venv)
     site = Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    below = sysconfig.get_path("purelib")
+    (site / "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")  # with the .pth files in it
     constraints = venv / "constraints.txt"
     read = f"import importlib.metadata as m; print(*(n + '==' + m.version(n) for n in {KEPT}), sep='\\n')"
     constraints.write_text(output(python, "-c", read))

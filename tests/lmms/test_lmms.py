@@ -103,7 +103,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             file.write(json.dumps(doc) + "\n")
     (folder / "tasks" / "tiny.yaml").write_text(TASK.format(questions=folder / "questions.jsonl", new=NEW))
     (folder / "tasks" / "tiny.py").write_text(VISUAL)
-    arguments = ["--model", "llava_hf", "--model_args", f"pretrained={folder / 'model'},device=cpu,dtype=float32"]
+    arguments = [
+        "--model",
+        "llava_hf",
+        "--model_args",
+        f"pretrained={folder / 'model'},device=cpu,device_map=cpu,dtype=float32",
+    ]
     return World(folder, [*arguments, "--tasks", "tiny", "--include_path", str(folder / "tasks")], answers)
 
 

@@ -131,8 +131,8 @@ def score_of(cell: Cell | None) -> tuple[str, float] | None:
     if cell is None or run is None or run["void"]:
         return None
     scores = run["scores"].get(cell.task) or next(iter(run["scores"].values()))
-    name = SCORES.get(cell.task)
-    name = name if name in scores else next(iter(scores))
+    known = SCORES.get(cell.task)
+    name = known if known is not None and known in scores else str(next(iter(scores)))
     return name, scores[name]
 
 

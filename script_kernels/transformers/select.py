@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -112,14 +114,38 @@ def settings(
 class Choice:
     """What stays of one prompt's visuals, as soon as the device has worked it out.
 
-    rows: rows of the concatenated features that competed, on the CPU. chosen: places in rows that won, on the features'
-    device. scores: per visual, (L,) fp32, NaN on newline rows, likewise.
+    rows: rows of the concatenated features that competed, on the CPU, unit by unit, of `lengths`. chosen: places in
+    rows that won, on the features' device. scores: per visual, (L,) fp32, NaN on newline rows, likewise. query:
+    (1, Q, D). budget: with nothing left open.
     """
 
     visuals: list[Visual]
     rows: Tensor
     chosen: Tensor
     scores: list[Tensor]
+    lengths: list[int]
+    query: Tensor | None
+    budget: Budget
+
+    @property
+    def tokens(self) -> Tensor:
+        """The (N, D) features that competed."""
+        features = _joined([v.features for v in self.visuals])
+        return features.index_select(0, send(self.rows, features.device))
+
+
+_watched: ContextVar[list[Choice] | None] = ContextVar("script_kernels_choices", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[Choice]]:
+    """The choices that are made in this block by its own thread or task, prompt by prompt."""
+    choices: list[Choice] = []
+    token = _watched.set(choices)
+    try:
+        yield choices
+    finally:
+        _watched.reset(token)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -177,7 +203,8 @@ def _by_method(tokens: Tensor, lengths: list[int], keeps: list[int], score: Tens
     return _joined(found)
 
 
-def _relevance(tokens: Tensor, lengths: list[int], query: Tensor | None, budget: Budget) -> Tensor:
+def relevance_by_unit(tokens: Tensor, lengths: list[int], query: Tensor | None, budget: Budget) -> Tensor:
+    """(N,) fp32 of packed units (N, D), scaled within each."""
     if query is None:
         return torch.ones(len(tokens), dtype=torch.float32, device=tokens.device)
     how = {"reduce": budget.reduce, "negate": budget.options.get("negate", False)}
@@ -205,12 +232,17 @@ def choose(visuals: list[Visual], query: Tensor | None, budget: Budget) -> Choic
         place = send(rows, features.device)
         tokens = features.index_select(0, place)
     keeps = [budget.tokens(n) for n in lengths]
-    score = _relevance(tokens, lengths, query, budget)
+    score = relevance_by_unit(tokens, lengths, query, budget)
     by_row = score
     if place is not None:
         score = torch.full((len(features),), float("nan"), device=features.device).index_copy_(0, place, score)
     chosen = _prune_units(tokens, lengths, keeps, query, by_row, budget)
-    return Choice(visuals, rows, chosen, list(score.split([len(v.features) for v in visuals])))
+    scores = list(score.split([len(v.features) for v in visuals]))
+    choice = Choice(visuals, rows, chosen, scores, lengths, query, budget)
+    looked_on = _watched.get()
+    if looked_on is not None:
+        looked_on.append(choice)
+    return choice
 
 
 def kept_rows(choices: list[Choice], newlines: str) -> list[list[Tensor]]:

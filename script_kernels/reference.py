@@ -297,6 +297,7 @@ def prune(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Picks ``keep`` of the N tokens (B, N, D), neither redundant nor beside the query; (B, keep) ascending indices."""
@@ -307,6 +308,7 @@ def prune(
         relevance = query_relevance(
             tokens if aligned is None else aligned, query, query_mask, negate=negate, dtype=dtype
         )
+        relevance = floor + (1 - floor) * relevance
     mask, _ = gsp(
         tokens,
         N - math.floor(gsp_drop * N),
@@ -343,6 +345,7 @@ def prune_varlen(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``prune`` of each segment of the packed tokens (T, D); (sum(keep),) indices into the packed tokens."""
@@ -364,6 +367,7 @@ def prune_varlen(
             gamma=gamma,
             min_degree=min_degree,
             rounds=rounds,
+            floor=floor,
             dtype=dtype,
         )
         kept.append(local[0] + start)

@@ -59,7 +59,7 @@ def test_every_function_gives_the_bits_of_its_op(batch: int, n: int, width: int,
     for options in (
         {},
         {"combine": "restrict", "gsp_drop": 0.5},
-        {"query_mask": mask, "negate": True, "oversample": 1.5},
+        {"query_mask": mask, "negate": True, "oversample": 1.5, "floor": 0.4},
     ):
         arrays = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
         same(
@@ -215,6 +215,11 @@ STARTS = np.array([0, 3, 6], np.int32)
             lambda: script_numpy.prune(X, None, 2, gsp_drop=1.0),
             ValueError,
             "gsp_drop: expected 0 <= gsp_drop < 1, got 1.0",
+        ),
+        (
+            lambda: script_numpy.prune(X, None, 2, floor=1.5),
+            ValueError,
+            "floor: expected 0 <= floor <= 1, got 1.5",
         ),
         (
             lambda: script_numpy.prune(X, None, 2, oversample=0.5),

@@ -179,12 +179,13 @@ Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& 
   return out;
 }
 
-// (negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds)
-using PruneTuple = std::tuple<bool, double, double, std::string, double, double, int64_t, int64_t>;
+// (negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor)
+using PruneTuple = std::tuple<bool, double, double, std::string, double, double, int64_t, int64_t, double>;
 
 cpu::PruneOptions options_of(const PruneTuple& given) {
-  const auto& [negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds] = given;
-  return {negate, gsp_drop, oversample, combine == "restrict", cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  const auto& [negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor] = given;
+  const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
+  return {negate, gsp_drop, oversample, combine == "restrict", floor, graph};
 }
 
 Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& query, int64_t keep,

@@ -113,7 +113,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=1500)
     print(done.stdout[-4000:], done.stderr[-4000:])
     return done
 

@@ -110,9 +110,10 @@ def test_greedy(problem):
     testing.certify(testing.kernel64_of(kernel), picks[0])
 
 
-@given(problem=prunings())
-def test_prune(problem):
+@given(problem=prunings(), floor=st.sampled_from([0.0, 0.25, 1.0]))
+def test_prune(problem, floor):
     tokens, query, keep, options = problem
+    options = {**options, "floor": floor}
     kept = script_kernels.prune(tokens, query, keep, **options)
     words = None if query is None else array_of(query)
     assert_same(script_numpy.prune(array_of(tokens), words, keep, **options), kept)
@@ -136,6 +137,7 @@ def test_prune(problem):
         relevance = torch.ones(1, image.shape[1], dtype=torch.float64)
         if own is not None:
             relevance = reference.query_relevance(image, own, negate=options["negate"], dtype=torch.float64)
+            relevance = floor + (1 - floor) * relevance
         pool = min(image.shape[1], math.ceil(options["oversample"] * keep))
         kernel = testing.kernel64(image, relevance)[0]
         if not kernel.any() or testing.greedy_margin(kernel, pool) < 1e-4:

@@ -136,6 +136,8 @@ cpu::PruneOptions prune_options(Bytes& in) {
   options.gsp_drop = kDrops[in.below(5)];
   options.oversample = kOversample[in.below(5)];
   options.gsp = Graph(in).options();
+  constexpr double kFloors[] = {0.0, 0.0, 0.3, 1.0};
+  options.floor = kFloors[in.below(4)];
   return options;
 }
 
@@ -159,6 +161,11 @@ std::vector<int64_t> by_stages(const cpu::PruneInput& input, int64_t keep, const
       const float* row = space.row(i, buffer.data());
       const bool finite = std::all_of(row, row + space.width, [](float x) { return std::isfinite(x); });
       if (!finite) relevance[static_cast<size_t>(i)] = NAN;
+    }
+    // Where relevance tells good tokens apart, their least is 0; where it does not, it is 1 for all.
+    if (std::find(relevance.begin(), relevance.end(), 0.0f) != relevance.end()) {
+      const float least = static_cast<float>(options.floor), rise = static_cast<float>(1.0 - options.floor);
+      for (float& r : relevance) r = least + rise * r;
     }
   }
   std::vector<uint8_t> survives(size, 1);

@@ -173,7 +173,7 @@ int main(int argc, char** argv) {
   std::string report;
   for (size_t op = 0; op < fuzz::op_names().size(); ++op) {
     failed = 0;
-    for (int64_t input = 0; input < 24; ++input) {
+    for (int64_t input = 0; input < 12; ++input) {
       std::vector<uint8_t> bytes(200);
       for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.next());
       cpu::levels::use(static_cast<int>(input % cpu::levels::count()), 1);

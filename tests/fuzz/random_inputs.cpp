@@ -1,11 +1,11 @@
-// A main for the fuzz target without a fuzzer: <op> COUNT [SEED] tries COUNT random inputs; <op> FILE... tries files. A
-// random input that breaks a promise is printed as hexadecimal digits, which `xxd -r -p` turns into a file.
+// A main for the fuzz target without a fuzzer: <op> COUNT [SEED] tries COUNT random inputs; <op> 0 FILE tries those
+// of a file, a line each in hexadecimal digits. An input that breaks a promise is printed in these digits.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <iterator>
 #include <random>
+#include <string>
 #include <vector>
 
 extern "C" int LLVMFuzzerInitialize(int*, char*** argv);
@@ -33,11 +33,15 @@ int main(int argc, char** argv) {
     for (uint8_t& byte : input) byte = static_cast<uint8_t>(random());
     LLVMFuzzerTestOneInput(input.data(), input.size());
   }
-  for (int i = 1; count == 0 && i < argc; ++i) {
-    std::ifstream file(argv[i], std::ios::binary);
-    input.assign(std::istreambuf_iterator<char>(file), {});
+  long tried = count;
+  std::ifstream file(argc > 2 && count == 0 ? argv[2] : "");
+  for (std::string line; std::getline(file, line); ++tried) {
+    input.clear();
+    for (size_t at = 0; at + 1 < line.size(); at += 2) {
+      input.push_back(static_cast<uint8_t>(std::stoul(line.substr(at, 2), nullptr, 16)));
+    }
     LLVMFuzzerTestOneInput(input.data(), input.size());
   }
-  std::printf("%ld\n", count == 0 ? argc - 1 : count);
+  std::printf("%ld\n", tried);
   return 0;
 }

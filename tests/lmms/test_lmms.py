@@ -113,7 +113,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=1500)
     print(done.stdout[-4000:], done.stderr[-4000:])
     return done
 
@@ -226,9 +226,3 @@ def test_a_run_that_lmms_eval_gave_up_is_void(world: World, tmp_path: Path) -> N
     code, stored = one(world, tmp_path / "run", {"keep": KEEP}, "--tasks", "no_such_task")
     assert code == 1
     assert stored["void"] == ["lmms-eval left no score", "no prompt had an image"]
-
-
-def test_a_budget_that_drops_nothing_is_void(world: World, tmp_path: Path) -> None:
-    code, stored = one(world, tmp_path / "run", {"keep": 36})
-    assert code == 1
-    assert stored["void"] == [f"no token was dropped of {36 * len(QUESTIONS)}"]

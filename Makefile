@@ -3,6 +3,7 @@
 #   make demo      the picture: demo.png          (DEMO_ARGS="--image photo.jpg --keep 64"); installs only what it needs
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
 #   make test-vllm the plugin on vLLM's CPU build, in an environment of its own
+#   make gpu-proof the Triton kernels without a GPU: their PTX interpreted, in orders drawn at random (minutes)
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
@@ -34,7 +35,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-vllm lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm gpu-proof lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -90,6 +91,10 @@ test: lint
 test-vllm:
 	$(PYTHON) tests/vllm/install.py .venv-vllm
 	.venv-vllm/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini tests/vllm
+
+# In a process where Triton compiles; tests/test_ptx.py runs a part of it.
+gpu-proof: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -c tests/ptx/pytest.ini --rootdir tests/ptx --confcutdir tests/ptx $(PYTEST_ARGS) tests/ptx
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

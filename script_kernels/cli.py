@@ -42,6 +42,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argpar
     )
     demo.add_argument("--keep", type=int, default=64, help="patches to keep (default: %(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="PATH", help="default: %(default)s")
+    demo.add_argument(
+        "--html", type=Path, metavar="PATH", help="also writes a page that shows each patch's numbers at the pointer"
+    )
     demo.add_argument("--grid", type=int, default=24, help="patches a side (default: %(default)s)")
     demo.add_argument(
         "--model", metavar="PATH_OR_ID", help="visual features of this transformers model; not with --box"
@@ -99,6 +102,7 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             arguments.output,
             arguments.model,
             arguments.text,
+            arguments.html,
         )
     except demo.InputError as error:
         parser.error(str(error))

@@ -10,7 +10,6 @@ import statistics
 import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy.fft import dctn  # type: ignore[import-untyped]
 from skimage import color, data
 from skimage.feature import hog
 from torch import Tensor
 
 import script_kernels
+from script_kernels.methods.dpp import script_stages
+from script_kernels.selection import Selection as Shown
+from script_kernels.selection import dimmed, load_picture, save_html, shrunk, square_view
 
 Array = NDArray[Any]
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the photograph
@@ -38,7 +40,6 @@ GSP_DROP = 0.25  # prune's defaults, named because the stages are also run one b
 OVERSAMPLE = 2.0
 WARM_UP, RUNS = 5, 25
 
-MOST_PIXELS = 64_000_000  # a larger picture says less per pixel than its memory costs: 4 bytes each, several times
 PATCH = 16  # side of a patch in the resampled photograph that the descriptor reads
 NOISE = 1e-3  # standard deviations below a tenth of a Lab unit are rounding, not content
 # The orders (a, b) of the DCT that are kept: 0 < a + b < 6.
@@ -62,30 +63,9 @@ def load_photo(path: Path | None) -> Array:
     if path is None:
         return np.asarray(getattr(data, DEFAULT_PHOTO)())
     try:
-        # A FIFO would wait for its writer, and a device need not end: only files are opened.
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(path) as file:
-                if file.width * file.height > MOST_PIXELS:
-                    raise InputError(
-                        f"--image: expected at most {MOST_PIXELS} pixels, got {file.width} x {file.height} in {path}"
-                    )
-                image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I;16"):  # Pillow clips 16-bit greys where it should scale them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGBA")
-    except UnidentifiedImageError:
-        raise InputError(f"--image: expected a picture that Pillow reads, got {path}") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"--image: expected at most {MOST_PIXELS} pixels, got more in {path}") from None
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all three over broken files
-        raise InputError(f"--image: expected a readable picture, got {path} ({error})") from None
-    white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+        return load_picture(path)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
 
 
 def describe(photo: Array, grid: int) -> Tensor:
@@ -169,7 +149,9 @@ class Selection:
     query: Tensor  # (1, Q, D), the tokens of the patches in the box, or the words' embeddings
     relevance: Tensor  # (1, N)
     mask: Tensor  # (1, N) bool, False where GSP dropped
+    redundancy: Tensor  # (1, N)
     ranking: Tensor  # (1, P), best first
+    gains: Tensor  # (1, P)
     kept: Tensor  # (1, keep) ascending: the answer of prune
     by_relevance: Tensor  # (1, keep) ascending: the most relevant tokens, nothing else considered
 
@@ -182,11 +164,12 @@ def select(tokens: Tensor, asked: Tensor, keep: int) -> Selection:
         raise InputError(f"--keep: expected 1 to {N} (the number of patches), got {keep}")
     query = tokens[:, asked] if asked.dtype == torch.bool else asked[None]
     relevance = script_kernels.query_relevance(tokens, query)
-    mask, _ = script_kernels.gsp(tokens, N - math.floor(GSP_DROP * N))
-    ranking, _ = script_kernels.qcsp(tokens, relevance, min(N, math.ceil(OVERSAMPLE * keep)))
+    stages = script_stages(tokens, relevance, keep, gsp_drop=GSP_DROP, oversample=OVERSAMPLE)
     kept = script_kernels.prune(tokens, query, keep, gsp_drop=GSP_DROP, oversample=OVERSAMPLE)
     by_relevance = relevance.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
-    return Selection(tokens, query, relevance, mask, ranking, kept, by_relevance)
+    return Selection(
+        tokens, query, relevance, stages.mask, stages.redundancy, stages.order, stages.gains, kept, by_relevance
+    )
 
 
 def time_stages(chosen: Selection) -> dict[str, float]:
@@ -260,7 +243,19 @@ def report(photo: Array, question: str, chosen: Selection, times: dict[str, floa
     return "\n".join(lines + [f"  {name:<13}{value:9.3f}" for name, value in times.items()])
 
 
-# --- the picture
+# --- the page and the picture
+
+
+def for_page(chosen: Selection) -> Shown:
+    """The same as a page shows it."""
+    N = chosen.tokens.shape[1]
+    ranking = chosen.ranking[0].numpy()
+    order, gain = np.full(N, -1), np.full(N, np.nan)
+    order[ranking], gain[ranking] = np.arange(len(ranking)), chosen.gains[0].numpy()
+    arrays = {"relevance": chosen.relevance, "survives": chosen.mask, "redundancy": chosen.redundancy}
+    found = {name: values[0].numpy() for name, values in arrays.items()}
+    return Shown("photograph", chosen.kept[0].numpy(), (square_view("patches", N),), N, order=order, gain=gain, **found)
+
 
 DPI = 100
 PANEL = 4.0  # inches; the longer side of a panel
@@ -281,9 +276,7 @@ def draw(photo: Array, box: Box | None, chosen: Selection, footnote: str, words:
     shared = int((kept & by_relevance).sum())
     everything = torch.ones(N, dtype=torch.bool)
 
-    shrunk = Image.fromarray(photo)
-    shrunk.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
-    shown = np.asarray(shrunk)
+    shown = shrunk(photo, 1024)
     ratio = photo.shape[0] / photo.shape[1]
     width, height = PANEL * min(1.0, 1 / ratio), PANEL * min(1.0, ratio)
     row = TITLE + height
@@ -302,7 +295,11 @@ def draw(photo: Array, box: Box | None, chosen: Selection, footnote: str, words:
         text(left, top + 0.44, note, 10, color=MUTED)
         lower = total_height - top - row
         axes = figure.add_axes((left / total_width, lower / total_height, width / total_width, height / total_height))
-        axes.imshow(_dimmed(shown, bright, grid), extent=(0, photo.shape[1], photo.shape[0], 0), aspect="auto")
+        axes.imshow(
+            dimmed(shown, bright.reshape(grid, grid).numpy()),
+            extent=(0, photo.shape[1], photo.shape[0], 0),
+            aspect="auto",
+        )
         axes.set_axis_off()
         if box is not None:
             axes.add_patch(Rectangle(box[:2], box[2], box[3], fill=False, edgecolor="white", linewidth=3.2))
@@ -354,15 +351,6 @@ def draw(photo: Array, box: Box | None, chosen: Selection, footnote: str, words:
     return figure
 
 
-def _dimmed(shown: Array, bright: Tensor, grid: int) -> Array:
-    """The photograph with all but the bright patches (grid * grid,) greyed and darkened."""
-    rows = np.arange(shown.shape[0]) * grid // shown.shape[0]
-    columns = np.arange(shown.shape[1]) * grid // shown.shape[1]
-    lit = bright.reshape(grid, grid).numpy()[np.ix_(rows, columns)]
-    grey = shown.mean(2, keepdims=True) * 0.28 + 14
-    return np.where(lit[:, :, None], shown, grey).astype(np.uint8)
-
-
 def _mark(axes: Axes, marked: Tensor, photo: Array, grid: int, size: float) -> None:
     """A cross of that size in points on each marked patch."""
     cell_width, cell_height = photo.shape[1] / grid, photo.shape[0] / grid
@@ -399,8 +387,11 @@ def run(
     output: Path,
     model: str | None = None,
     words: str = "",
+    page: Path | None = None,
 ) -> None:
-    """The command `script-kernels demo`: prints counts and times, writes one PNG. Raises InputError before any work.
+    """The command `script-kernels demo`: prints counts and times, writes one PNG, and the page if it is asked for.
+
+    Raises InputError before any work.
 
     With `model`, tokens and question are that model's visual features and the embeddings of `words`; box and grid are
     not used, and the picture shows the photograph's middle square, which the model sees.
@@ -409,6 +400,8 @@ def run(
         raise InputError(f"--grid: expected 2 to 96 patches a side, got {grid}")
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise InputError(f"--output: expected a .png file in a folder that exists, got {output}")
+    if page is not None and (page.suffix.lower() != ".html" or not page.parent.is_dir()):
+        raise InputError(f"--html: expected a .html file in a folder that exists, got {page}")
     _progress("reading the photograph ...")
     photo = load_photo(image)
     credit = DEFAULT_CREDIT if image is None else ""
@@ -429,10 +422,14 @@ def run(
         question = f"box {','.join(map(str, box))}: {chosen.query.shape[1]} patches"
         footnote = "Tokens: patch descriptors of colour, orientation and frequency, no training. "
     _progress(f"timing the stages, {RUNS} runs each ...")
-    print(report(photo, question, chosen, time_stages(chosen)))
+    times = time_stages(chosen)
+    print(report(photo, question, chosen, times))
     _progress("drawing ...")
     save(draw(photo, box, chosen, footnote + credit, words), output)
     print(f"\nwrote {output}")
+    if page is not None:
+        save_html(page, [for_page(chosen)], [photo], title=f"Which patches stay: {question}", milliseconds=times)
+        print(f"wrote {page}")
 
 
 def _progress(text: str) -> None:

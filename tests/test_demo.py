@@ -1,6 +1,7 @@
 """The demo's picture, its counts, and the tokens it is made from."""
 
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -89,6 +90,26 @@ def test_counts_add_up_and_are_what_the_ops_return(tmp_path: pathlib.Path, capsy
         assert image.format == "PNG"
         width, height = demo.draw(photo, demo.DEFAULT_BOX, chosen(photo, 12, 20), "").get_size_inches() * demo.DPI
         assert image.size == (round(width), round(height))
+
+
+def test_the_page_has_the_numbers_of_the_ops(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "demo.html"
+    arguments = ["demo", "--grid", "6", "--keep", "5", "--output", str(tmp_path / "o.png"), "--html", str(page)]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {page}\n")
+    held = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])
+    (one,) = held["selections"]
+    photo = demo.load_photo(None)
+    sets = demo.select(demo.describe(photo, 6), demo.patches_in(demo.DEFAULT_BOX, photo, 6), 5)
+    assert [i for i, kept in enumerate(one["kept"]) if kept] == sets.kept[0].tolist()
+    assert one["relevance"] == pytest.approx(sets.relevance[0].tolist(), abs=1e-5)
+    assert [one["order"].index(i) for i in range(10)] == sets.ranking[0].tolist()
+    assert [one["gain"][i] for i in sets.ranking[0].tolist()] == pytest.approx(sets.gains[0].tolist(), rel=1e-5)
+    assert one["survives"] == sets.mask[0].tolist()
+    assert set(held["times"]) == {"relevance", "GSP", "QCSP", "intersection", "prune"}
+    with pytest.raises(SystemExit):
+        cli.main([*arguments[:-1], str(tmp_path / "demo.txt")])
+    assert "--html: expected a .html file in a folder that exists" in capsys.readouterr().err
 
 
 def chosen(photo: np.ndarray, grid: int, keep: int) -> demo.Selection:

@@ -27,9 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "numpy": {"_core", "options"},
     "methods": {"", "checks", "options", "reference!"},
     "calibrate": {"options"},
+    "selection": {"page!"},
+    "page": {"selection"},
 }
 # Demo, command line and integrations: users of the public functions, and of the oracle to compare with.
-INTEGRATION = {"", "numpy", "library", "options", "methods", "calibrate"}
+INTEGRATION = {"", "numpy", "library", "options", "methods", "calibrate", "selection"}
 INTEGRATION |= {"_core!", "demo!", "info!", "reference!", "transformers!", "triton!"}
 # What importing these modules may load besides the standard library; other packages are imported where they are used.
 LOADS = {
@@ -41,6 +43,8 @@ LOADS = {
     "library": set(),
     "reference": {"torch"},
     "numpy": {"numpy"},
+    "selection": {"numpy"},
+    "page": {"numpy"},
 }
 # An op's Triton page says what is launched; kernels and plans live below it, and the launch tables beside it.
 MAX_PAGE = 90

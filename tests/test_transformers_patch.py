@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import copy
 import threading
+import types
 
 import pytest
 import torch
@@ -333,3 +334,44 @@ def test_continuous_batching_is_refused_by_name():
             if hasattr(type(model), name):
                 with pytest.raises(ValueError, match=f"{name}: expected generate or prune_inputs"):
                     getattr(model, name)([[1, 2, 3]])
+
+
+def test_transformers_serve_prunes_where_the_block_is_open_in_its_thread():
+    """It generates in a thread of its own: a block around it is not that thread's, one that is opened there is."""
+    serving = pytest.importorskip("transformers.cli.serving.utils")
+    if not hasattr(serving, "GenerateManager"):
+        pytest.skip("this version serves in another way")
+    model, inputs = example()
+    lengths = []
+
+    def look(module, args, kwargs):
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            lengths.append(kwargs["inputs_embeds"].shape[1])
+
+    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    processor = types.SimpleNamespace(decode=lambda ids, **_: ids.tolist())
+    config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    first = {name: value[:1] for name, value in inputs.items()}
+    manager = serving.GenerateManager()
+
+    def answer():
+        return asyncio.run(manager.generate_non_streaming(model, processor, first, config, "request"))
+
+    try:
+        unpruned = answer()
+        with script_pruning(model, keep=7):
+            assert answer()[0] == unpruned[0]
+        block = script_pruning(model, keep=7)
+        manager.submit(block.__enter__).result()
+        pruned = answer()
+        manager.submit(block.__exit__, None, None, None).result()
+        after = answer()
+    finally:
+        hook.remove()
+        manager.stop()
+    whole, short = first["input_ids"].shape[1], int((first["input_ids"][0] != IMAGE).sum()) + 7
+    assert lengths == [whole, whole, short, whole]
+    assert pruned[1] == whole  # the prompt comes back as it was passed
+    assert len(pruned[0]) == 3
+    assert after[0] == unpruned[0]
+    assert "generate" not in model.__dict__

@@ -10,7 +10,7 @@ import vlm_zoo
 from vlm_zoo import IMAGE, feature_rows, make_inputs, make_model, with_rows
 
 from script_kernels.transformers import Family, prune_inputs
-from script_kernels.transformers.families import FAMILIES
+from script_kernels.transformers.families import _OWN_GENERATE, _PIXELS, FAMILIES, REFUSED, parameters
 
 KEEP = 3
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "transformers.md"
@@ -131,7 +131,30 @@ def test_the_documentation_holds_the_table_of_types():
     """`python tests/vlm_zoo.py` writes both parts anew."""
     text = PAGE.read_text()
     assert vlm_zoo.table() in text
+    assert vlm_zoo.untested() in text
     assert vlm_zoo.refusals() in text
+
+
+def test_each_type_is_proven_refused_or_named_with_the_reason_why_not():
+    known = [*vlm_zoo.PROVEN, *REFUSED, *vlm_zoo.UNTESTED]
+    assert len(known) == len(set(known))
+    if vlm_zoo.VERSION <= (5, 24):  # a later one may have types that nobody has looked at
+        assert set(vlm_zoo.TYPES) - set(known) == set()
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_the_reason_of_a_refusal_is_still_true(kind):
+    names = {"phi4_multimodal": "Phi4MultimodalForCausalLM"} | vlm_zoo.TYPES
+    if kind not in names:
+        pytest.skip("a type of another mapping, or of another version")
+    name = names[kind]
+    model = getattr(vlm_zoo.transformers, name if isinstance(name, str) else name[0])
+    reason = REFUSED[kind]
+    if reason in (_PIXELS, "it takes no pictures"):
+        assert "mm_encoder_outputs" not in parameters(model.forward)
+    if reason == _OWN_GENERATE:
+        assert "pixel_values" in parameters(model.generate)
+        assert "mm_encoder_outputs" not in parameters(model.generate)
 
 
 @pytest.mark.parametrize("kind", ["llama4", "mllama"])

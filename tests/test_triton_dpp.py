@@ -218,6 +218,17 @@ def test_relevance_of_any_finite_size(route, scale):
     torch.testing.assert_close(gains.cpu(), expected.float())
 
 
+@routes
+@pytest.mark.parametrize("row", [0.0, float("nan")])
+def test_the_relevance_of_a_row_that_counts_for_nothing_does_not_hide_the_others(route, row):
+    tokens = testing.make_tokens("gaussian", 1, 40, 16)
+    tokens[0, 5] = row
+    relevance = testing.make_relevance(1, 40) * 1e-10
+    relevance[0, 5] = 1e28
+    indices, _ = launch_qcsp(tokens.to(DEVICE), relevance.to(DEVICE), 20, **route)
+    testing.certify(testing.kernel64(tokens, relevance), indices.cpu())
+
+
 def test_one_huge_relevance_is_picked_first():
     indices, _ = launch_qcsp(torch.eye(4, device=DEVICE)[None], torch.tensor([[1, 2, 1e20, 3]], device=DEVICE), 4)
     assert indices.tolist() == [[2, 3, 1, 0]]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from script_kernels import prune
-from script_kernels.options import PruneOptions
+from script_kernels import methods, prune
 from script_kernels.vllm.select import (
     attach_positions,
     choose,
@@ -13,13 +12,13 @@ from script_kernels.vllm.select import (
     newline_rows,
     unit_mean,
 )
-from script_kernels.vllm.settings import Order
+from script_kernels.vllm.settings import Order, Rule, Settings
 
-OPTIONS = PruneOptions()
+RULE = Settings().rule
 
 
-def order(before: int, after: int, newlines: int = 0, options: PruneOptions = OPTIONS) -> Order:
-    return Order(before, after, newlines, options)
+def order(before: int, after: int, newlines: int = 0, rule: Rule = RULE) -> Order:
+    return Order(before, after, newlines, rule)
 
 
 def features(*lengths: int, width: int = 32) -> list[torch.Tensor]:
@@ -42,11 +41,27 @@ def test_each_image_of_a_step_is_chosen_as_alone() -> None:
 
 def test_images_with_other_options_are_chosen_by_them() -> None:
     rows = features(64)[0]
-    other = PruneOptions(gsp_drop=0.49)
-    both = choose([rows, rows], [order(64, 16), order(64, 16, options=other)], [None, None], 32)
+    other = Settings(options={"gsp_drop": 0.49}).rule
+    both = choose([rows, rows], [order(64, 16), order(64, 16, rule=other)], [None, None], 32)
     assert torch.equal(both[0], prune(rows[None], None, 16)[0])
     assert torch.equal(both[1], prune(rows[None], None, 16, gsp_drop=0.49)[0])
     assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_every_method_chooses_as_alone(method: str, reduce: str) -> None:
+    images, words = features(40, 64, 30), features(5, 3, 4)
+    options = {"negate": True, **({"power": 2.0, "floor": 0.1} if method in ("script", "cdpruner") else {})}
+    rule = Settings(query="text", method=method, reduce=reduce, options=options).rule
+    own = {name: value for name, value in rule.options if name != "negate"}
+    for asked in (True, False):
+        queries = list(words) if asked else [None] * 3
+        chosen = choose(images, [order(len(rows), 9, rule=rule) for rows in images], queries, 32)
+        for rows, query, kept in zip(images, queries, chosen, strict=True):
+            how = {"reduce": rule.reduce, "negate": True}
+            relevance = None if query is None else methods.relevance_of(rows[None], query[None], **how)
+            assert torch.equal(kept, methods.select(rows[None], relevance, 9, method=method, **own)[0])
 
 
 def test_only_the_first_channels_are_compared() -> None:

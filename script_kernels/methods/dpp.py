@@ -5,7 +5,8 @@ of M with their norms as relevance, so a power, a floor, a mixture and raw norms
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .. import dpp_map, gsp, mask_intersect, qcsp
 from ..options import PruneOptions, rounds_needed
 from ._common import check, finite, number, ones, unit
 
+FEWEST = 16  # GSP stops at one token in so many, which takes it some 15 rounds; one in 500 would take 200
 COMBINE = ("intersect", "restrict", "union")
 
 
@@ -40,14 +42,87 @@ def weighted(
     return rows, torch.sqrt((1 - mix) + mix * r * r)
 
 
-def ranked(tokens: Tensor, relevance: Tensor, k: int, ridge: float) -> Tensor:
-    """QCSP's order (B, k) for the kernel L + ridge * I; with a ridge by `dpp_map`, on N x N floats an image."""
+def ranking(tokens: Tensor, relevance: Tensor, k: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """QCSP's order and gains (B, k) for the kernel L + ridge * I; with a ridge by `dpp_map`, on N x N floats."""
     if number(ridge, "ridge", 0.0) == 0:
-        return qcsp(tokens, relevance, k)[0]
+        return qcsp(tokens, relevance, k)
     rows = unit(tokens) * relevance[..., None]
     kernel = rows @ rows.mT + ridge * torch.eye(tokens.shape[1], device=tokens.device)
     kernel.diagonal(dim1=1, dim2=2).masked_fill_(~finite(tokens), math.nan)
-    return dpp_map(kernel, k)[0]
+    return dpp_map(kernel, k)
+
+
+class Stages(NamedTuple):
+    """What each stage of `script` made of (B, N) tokens."""
+
+    mask: Tensor  # (B, N) bool, False where GSP dropped
+    redundancy: Tensor  # (B, N) fp32, as `gsp` returns it
+    order: Tensor  # (B, R) int64 tokens, best first
+    gains: Tensor  # (B, R) fp32, of `order`
+    kept: Tensor  # (B, keep) int64 ascending
+
+
+def script_stages(
+    tokens: Tensor,
+    relevance: Tensor | None,
+    keep: int,
+    *,
+    power: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    negate: bool = False,
+    ridge: float = 0.0,
+    combine: str = "intersect",
+    survivors: float | None = None,
+    done: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> Stages:
+    """`script` with what its stages found; `done` is called with each one's name as soon as it is queued."""
+    check(tokens, relevance, keep)
+    if combine not in COMBINE:
+        raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
+    given = PruneOptions(combine="restrict" if combine == "union" else combine, **options)
+    given.check()
+    N = tokens.shape[1]
+    graph = {name: getattr(given, name) for name in ("threshold", "gamma", "min_degree")}
+    rows, r = weighted(tokens, relevance, power, mix, floor, negate)
+    if combine == "union":
+        half = (keep + 1) // 2
+        mask, redundancy = gsp(tokens, half, rounds=max(given.rounds, rounds_needed(N, half)), **graph)
+        done("gsp")
+        order, gains = ranking(rows, r, keep, ridge)
+        done("qcsp")
+        # GSP's own first, then the order's others: rank GSP's half before everything.
+        first = torch.where(mask, 0, 2)
+        place = torch.arange(keep, device=tokens.device).expand_as(order)
+        key = (first * N).scatter(1, order, torch.where(mask.gather(1, order), 0, N + place))
+        kept = key.argsort(dim=1, stable=True)[:, :keep].sort(1).values
+        done("join")
+        return Stages(mask, redundancy, order, gains, kept)
+    if survivors is None:
+        given.check_drop(N)
+        left, rounds = given.gsp_keep(N), given.rounds
+    else:
+        left = min(N, max(math.ceil(number(survivors, "survivors", 1.0) * keep), -(-N // FEWEST)))
+        rounds = max(given.rounds, rounds_needed(N, left))
+    mask, redundancy = gsp(tokens, left, rounds=rounds, **graph)
+    done("gsp")
+    if combine == "intersect":
+        order, gains = ranking(rows, r, given.ranked(N, keep), ridge)
+        done("qcsp")
+        kept = mask_intersect(order, mask, keep)
+        done("join")
+        return Stages(mask, redundancy, order, gains, kept)
+    if left < keep:
+        raise ValueError(f"keep: expected keep <= {left}, which gsp_drop leaves to 'restrict', got {keep}")
+    where = (~mask).byte().argsort(dim=1, stable=True)[:, :left]  # unlike nonzero, without waiting for a GPU
+    own = rows.gather(1, where[..., None].expand(-1, -1, rows.shape[2]))
+    picks, gains = ranking(own, r.gather(1, where), keep, ridge)
+    order = where.gather(1, picks)
+    done("qcsp")
+    kept = order.sort(1).values
+    done("join")
+    return Stages(mask, redundancy, order, gains, kept)
 
 
 def script(
@@ -61,6 +136,7 @@ def script(
     negate: bool = False,
     ridge: float = 0.0,
     combine: str = "intersect",
+    survivors: float | None = None,
     **options: Any,
 ) -> Tensor:
     """Script (arXiv 2512.01949): QCSP's ranking and GSP's survivors, joined by `combine`.
@@ -68,34 +144,23 @@ def script(
     intersect: the first `keep` of a ranking of `oversample * keep` that GSP kept, filled up from its rest. restrict:
     QCSP on the survivors alone, of which there must be `keep`. union: half of the budget to the tokens that GSP, run
     down to that half, keeps; the other half, and what both would take, to QCSP's order.
+
+    `survivors` stands in for `gsp_drop` and `rounds`, except in a union: GSP goes on, in as many rounds as it takes,
+    until that many times `keep` tokens are left, or one in `FEWEST`.
     """
-    check(tokens, relevance, keep)
-    if combine not in COMBINE:
-        raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
-    given = PruneOptions(combine="restrict" if combine == "union" else combine, **options)
-    given.check()
-    N = tokens.shape[1]
-    graph = {name: getattr(given, name) for name in ("threshold", "gamma", "min_degree")}
-    rows, r = weighted(tokens, relevance, power, mix, floor, negate)
-    if combine == "union":
-        half = (keep + 1) // 2
-        mask, _ = gsp(tokens, half, rounds=max(given.rounds, rounds_needed(N, half)), **graph)
-        order = ranked(rows, r, keep, ridge)
-        # GSP's own first, then the order's others: rank GSP's half before everything.
-        first = torch.where(mask, 0, 2)
-        place = torch.arange(keep, device=tokens.device).expand_as(order)
-        key = (first * N).scatter(1, order, torch.where(mask.gather(1, order), 0, N + place))
-        return key.argsort(dim=1, stable=True)[:, :keep].sort(1).values
-    given.check_drop(N)
-    mask, _ = gsp(tokens, given.gsp_keep(N), rounds=given.rounds, **graph)
-    if combine == "intersect":
-        return mask_intersect(ranked(rows, r, given.ranked(N, keep), ridge), mask, keep)
-    survivors = given.gsp_keep(N)
-    if survivors < keep:
-        raise ValueError(f"keep: expected keep <= {survivors}, which gsp_drop leaves to 'restrict', got {keep}")
-    where = mask.nonzero()[:, 1].view(-1, survivors)
-    picks = ranked(rows.gather(1, where[..., None].expand(-1, -1, rows.shape[2])), r.gather(1, where), keep, ridge)
-    return where.gather(1, picks).sort(1).values
+    return script_stages(
+        tokens,
+        relevance,
+        keep,
+        power=power,
+        mix=mix,
+        floor=floor,
+        negate=negate,
+        ridge=ridge,
+        combine=combine,
+        survivors=survivors,
+        **options,
+    ).kept
 
 
 def cdpruner(
@@ -112,13 +177,13 @@ def cdpruner(
     """CDPruner (arXiv 2506.10967): greedy MAP with kernel diag(r) S diag(r), and no graph stage."""
     check(tokens, relevance, keep)
     rows, r = weighted(tokens, relevance, power, mix, floor, negate)
-    return ranked(rows, r, keep, ridge).sort(1).values
+    return ranking(rows, r, keep, ridge)[0].sort(1).values
 
 
 def dpp(tokens: Tensor, relevance: Tensor | None, keep: int, *, ridge: float = 0.0) -> Tensor:
     """Greedy MAP with kernel S: the diversity of CDPruner without a question."""
     check(tokens, relevance, keep)
-    return ranked(tokens, ones(tokens), keep, ridge).sort(1).values
+    return ranking(tokens, ones(tokens), keep, ridge)[0].sort(1).values
 
 
 def resprune(tokens: Tensor, relevance: Tensor | None, keep: int, *, alpha: float = 1.0) -> Tensor:

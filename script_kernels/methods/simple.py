@@ -81,7 +81,9 @@ def stride(tokens: Tensor, relevance: Tensor | None, keep: int) -> Tensor:
 def random(tokens: Tensor, relevance: Tensor | None, keep: int, *, seed: int = 0) -> Tensor:
     """Chance, with a seed: image b of a batch gets the b-th draw, the same on every device."""
     check(tokens, relevance, keep)
-    generator = torch.Generator().manual_seed(count(seed, "seed", 0))
+    if count(seed, "seed", 0) >= 2**63:
+        raise ValueError(f"seed: expected seed < 2**63, got {seed}")
+    generator = torch.Generator().manual_seed(seed)
     score = torch.rand(tokens.shape[:2], generator=generator)  # row by row: an image's draw is the same in any batch
     return top(score, keep).to(tokens.device)
 

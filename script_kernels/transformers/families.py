@@ -74,13 +74,33 @@ FAMILIES: dict[str, Family] = {
 }
 # Types that cannot be pruned by this route, and why.
 _CROSS = "its language model reads images by cross-attention, so that no token of the prompt stands for a part of them"
+_PIXELS = "its forward takes no features from outside"
+_OWN_GENERATE = "its generate takes pixels alone and encodes them itself, so that pruned features never reach it"
+_THINKER = "it holds several models, of which the one that sees is model.thinker; give that one"
 REFUSED: dict[str, str] = {
     "blip": _CROSS,
+    "blip-2": _OWN_GENERATE,
+    "evolla": _PIXELS,
     "florence2": "its encoder and decoder take the image's features and the text as one, with no placeholders to drop",
+    "fuyu": "its features are its encoder's last_hidden_state, with no pooler_output that pruning could replace",
+    "git": _PIXELS,
     "idefics": _CROSS,
+    "instructblip": _OWN_GENERATE,
+    "instructblipvideo": _OWN_GENERATE,
+    "kosmos-2": _PIXELS,
+    "kosmos-2.5": _PIXELS,
     "llama4": "its forward projects last_hidden_state itself, and reads no features that fit the placeholders",
+    "mistral4": "it takes no pictures",
     "mllama": _CROSS,
+    "phi4_multimodal": _PIXELS,
+    "pi0": _PIXELS,
     "pix2struct": _CROSS,
+    "pp_formulanet": _PIXELS,
+    "qwen2_5_omni": _THINKER,
+    "qwen3_omni_moe": _THINKER,
+    "t5gemma2": _PIXELS,
+    "udop": _PIXELS,
+    "vision-encoder-decoder": _PIXELS,
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 from script_kernels import methods, prune, prune_varlen
-from script_kernels.calibrate import Calibration
+from script_kernels.calibrate import Calibration, Candidate
 
 from .device import send
 from .layouts import Visual
 
-OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds")
+OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds", "floor")
 UNITS = ("image", "tile", "request")
 
 
@@ -34,7 +35,7 @@ class Budget:
     newlines: str = "drop"
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str | methods.Method = "script"
-    reduce: str = "mean"
+    reduce: str | None = None
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.keep_ratio is None):
@@ -53,19 +54,28 @@ class Budget:
             raise ValueError(f"per: expected one of {', '.join(UNITS)}, got {self.per!r}")
         if self.newlines not in ("drop", "lines"):
             raise ValueError(f"newlines: expected 'drop' or 'lines', got {self.newlines!r}")
-        if self.reduce not in ("mean", "max"):
+        if self.reduce not in (None, "mean", "max"):
             raise ValueError(f"reduce: expected 'mean' or 'max', got {self.reduce!r}")
         chosen = methods.get(self.method)
         if isinstance(self.method, str):
-            known = _options_of(chosen)
+            known = list(methods.options_of(chosen))
             unknown = sorted(set(self.options) - set(known))
             if unknown:
                 raise TypeError(f"options: expected some of {', '.join(known)}, got {', '.join(unknown)}")
 
+    def settled(self, asked: bool) -> Budget:
+        """With what it leaves open filled in, for a prompt that asks something or does not."""
+        options, reduce = methods.settled(self.method, self.options, self.reduce, asked)
+        if self.method == "script":  # knobs of the method that stand where the op has them need no method
+            still = methods.options_of("script")
+            options = {name: value for name, value in options.items() if name in OPTIONS or value != still[name]}
+        return replace(self, options=options, reduce=reduce)
+
     @property
     def fused(self) -> bool:
         """Whether the op `prune` does it all: its own method, options and relevance."""
-        return self.method == "script" and self.reduce == "mean" and set(self.options) <= set(OPTIONS)
+        own = self.method == "script" and self.reduce == "mean" and set(self.options) <= set(OPTIONS)
+        return own and self.options.get("combine") != "union"
 
     def tokens(self, length: int) -> int:
         """Tokens that stay of a unit of `length`. A unit that has fewer than asked for stays whole."""
@@ -75,14 +85,9 @@ class Budget:
         return min(length, max(asked, self.min_tokens))
 
 
-def _options_of(method: methods.Method) -> list[str]:
-    """`negate`, which is the relevance's, and the options that a method of the package takes."""
-    named = [n for n, p in inspect.signature(method).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    if method is methods.METHODS["gsp"]:  # these two hand theirs on to the ops
-        named += ["threshold", "gamma", "min_degree"]
-    if method is methods.METHODS["script"]:
-        named += OPTIONS
-    return list(dict.fromkeys(["negate", *named]))
+def explicit(candidate: Candidate) -> dict[str, Any]:
+    """All options of a candidate, so that nothing is left open that `Budget.settled` would fill in."""
+    return {**methods.options_of(candidate.method), **candidate.options, "negate": candidate.negate}
 
 
 def settings(
@@ -101,7 +106,7 @@ def settings(
         "query": query if best.query else None,
         "method": best.method,
         "reduce": best.reduce,
-        "options": {**best.options, "negate": best.negate},
+        "options": explicit(best),
     }
 
 
@@ -109,14 +114,38 @@ def settings(
 class Choice:
     """What stays of one prompt's visuals, as soon as the device has worked it out.
 
-    rows: rows of the concatenated features that competed, on the CPU. chosen: places in rows that won, on the features'
-    device. scores: per visual, (L,) fp32, NaN on newline rows, likewise.
+    rows: rows of the concatenated features that competed, on the CPU, unit by unit, of `lengths`. chosen: places in
+    rows that won, on the features' device. scores: per visual, (L,) fp32, NaN on newline rows, likewise. query:
+    (1, Q, D). budget: with nothing left open.
     """
 
     visuals: list[Visual]
     rows: Tensor
     chosen: Tensor
     scores: list[Tensor]
+    lengths: list[int]
+    query: Tensor | None
+    budget: Budget
+
+    @property
+    def tokens(self) -> Tensor:
+        """The (N, D) features that competed."""
+        features = _joined([v.features for v in self.visuals])
+        return features.index_select(0, send(self.rows, features.device))
+
+
+_watched: ContextVar[list[Choice] | None] = ContextVar("script_kernels_choices", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[Choice]]:
+    """The choices that are made in this block by its own thread or task, prompt by prompt."""
+    choices: list[Choice] = []
+    token = _watched.set(choices)
+    try:
+        yield choices
+    finally:
+        _watched.reset(token)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -159,17 +188,23 @@ def _prune_units(
 
 
 def _by_method(tokens: Tensor, lengths: list[int], keeps: list[int], score: Tensor | None, budget: Budget) -> Tensor:
-    """What `_prune_units` gives, unit by unit. `score` has the sign of `negate` already."""
+    """What `_prune_units` gives, by a method of its own. `score` has the sign of `negate` already."""
     options = {name: value for name, value in budget.options.items() if name != "negate"}
+    method = methods.get(budget.method)
+    if isinstance(budget.method, str) and len(set(lengths)) == 1 and len(set(keeps)) == 1:
+        units = tokens.view(len(lengths), lengths[0], -1)
+        kept = method(units, None if score is None else score.view(units.shape[:2]), keeps[0], **options)
+        return (kept + torch.arange(0, len(tokens), lengths[0], device=tokens.device)[:, None]).flatten()
     scores = [None] * len(lengths) if score is None else [s[None] for s in score.split(lengths)]
-    kept, start = [], 0
+    found, start = [], 0
     for part, own, length, keep in zip(tokens.split(lengths), scores, lengths, keeps, strict=True):
-        kept.append(start + methods.select(part[None], own, keep, method=budget.method, **options)[0])
+        found.append(start + methods.select(part[None], own, keep, method=budget.method, **options)[0])
         start += length
-    return _joined(kept)
+    return _joined(found)
 
 
-def _relevance(tokens: Tensor, lengths: list[int], query: Tensor | None, budget: Budget) -> Tensor:
+def relevance_by_unit(tokens: Tensor, lengths: list[int], query: Tensor | None, budget: Budget) -> Tensor:
+    """(N,) fp32 of packed units (N, D), scaled within each."""
     if query is None:
         return torch.ones(len(tokens), dtype=torch.float32, device=tokens.device)
     how = {"reduce": budget.reduce, "negate": budget.options.get("negate", False)}
@@ -189,6 +224,7 @@ def _newlines(visual: Visual, kept: Tensor, rule: str) -> Tensor:
 
 def choose(visuals: list[Visual], query: Tensor | None, budget: Budget) -> Choice:
     """Has the device choose among one prompt's visuals; does not wait for it."""
+    budget = budget.settled(query is not None)
     rows, lengths = _units(visuals, budget.per)
     features = _joined([v.features for v in visuals])
     tokens, place = features, None
@@ -196,12 +232,17 @@ def choose(visuals: list[Visual], query: Tensor | None, budget: Budget) -> Choic
         place = send(rows, features.device)
         tokens = features.index_select(0, place)
     keeps = [budget.tokens(n) for n in lengths]
-    score = _relevance(tokens, lengths, query, budget)
+    score = relevance_by_unit(tokens, lengths, query, budget)
     by_row = score
     if place is not None:
         score = torch.full((len(features),), float("nan"), device=features.device).index_copy_(0, place, score)
     chosen = _prune_units(tokens, lengths, keeps, query, by_row, budget)
-    return Choice(visuals, rows, chosen, list(score.split([len(v.features) for v in visuals])))
+    scores = list(score.split([len(v.features) for v in visuals]))
+    choice = Choice(visuals, rows, chosen, scores, lengths, query, budget)
+    looked_on = _watched.get()
+    if looked_on is not None:
+        looked_on.append(choice)
+    return choice
 
 
 def kept_rows(choices: list[Choice], newlines: str) -> list[list[Tensor]]:

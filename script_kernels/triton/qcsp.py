@@ -28,8 +28,8 @@ def launch_qcsp(
     """
     layout = Layout.of(tokens)
     (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
-    relevance, unit = launch_unit(relevance, layout)
     rows = launch_rows(tokens, layout)
+    relevance, unit = launch_unit(relevance, layout, rows)
     kernel, own = None, None
     if stage.features:
         clear.zero_()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import engine, metrics
-from .processing import ORDER, QUERY, AnyResolution, engine_settings, image_token_id, order_of, register
-from .select import POSITION_CHANNELS, attach_positions, choose, detach_positions, grid_positions, unit_mean
-from .settings import Order
+from .processing import ORDER, QUERY, AnyResolution, image_token_id, order_of, register
+from .select import POSITION_CHANNELS, attach_positions, choose, detach_positions, grid_positions
+from .settings import Order, engine_settings
 
 
 def refuse(condition: object, model: object, what: str) -> None:
@@ -57,7 +57,7 @@ class PrunedModel:
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if not self.pruning or rows is None:
             return features
-        orders = [Order.unpack(row) for row in rows.tolist()]
+        orders = [Order.unpack(row.tolist()) for row in rows]
         return self.prune_step(list(features), orders, words, kwargs)
 
     @torch.no_grad()
@@ -79,11 +79,11 @@ class PrunedModel:
         return kept
 
     def embed_query(self, ids: Tensor, rows: Tensor) -> Tensor | None:
-        """The (1, C) query of one image's question, or None without one."""
+        """The (Q, C) words of one image's question, or None without one."""
         if not len(ids):
             return None
         table = self.get_language_model().embed_input_ids  # type: ignore[attr-defined]
-        return unit_mean(table(ids.to(rows.device)).to(rows.dtype))
+        return table(ids.to(rows.device)).to(rows.dtype)
 
 
 class PrunedMrope(PrunedModel):
@@ -95,6 +95,12 @@ class PrunedMrope(PrunedModel):
         if self.pruning:
             refuse(vllm_config.parallel_config.pipeline_parallel_size > 1, self, "pipeline parallelism")
             refuse(vllm_config.speculative_config, self, "speculative decoding")
+            mode = vllm_config.compilation_config.cudagraph_mode
+            refuse(
+                mode is not None and mode.mixed_mode().name == "FULL",
+                self,
+                "cudagraph_mode FULL, where a replayed prefill goes round the positions (FULL_AND_PIECEWISE does not)",
+            )
 
     def grid(self, image_grid_thw: Any) -> tuple[int, int, int]:
         """(t, h, w) of an image's rows after the merger."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import engine, metrics
-from .settings import Order, Settings, from_environment, is_setting, without_settings
+from .settings import Order, Settings, engine_settings, is_setting, without_settings
 
 # The key under which a prompt's request travels through the stock processor, beside the image processor's.
 REQUEST = "script_request"
@@ -31,12 +31,6 @@ class Context(engine.InputProcessingContext):
 
     def get_merged_mm_kwargs(self, kwargs: Mapping[str, object], **others: Any) -> dict[str, Any]:
         return without_settings(super().get_merged_mm_kwargs(kwargs, **others))
-
-
-def engine_settings(model_config: Any) -> Settings:
-    """The environment's settings with the engine's arguments over them."""
-    given = model_config.get_multimodal_config().mm_processor_kwargs or {}
-    return from_environment().updated(given)
 
 
 def user_words(prompt: list[int], info: Any) -> tuple[int, ...]:
@@ -90,7 +84,8 @@ class PruningProcessor:
                 )
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
         settings = self.settings.updated(kwargs)
-        query = user_words(inputs.prompt, self.info) if settings.on and settings.query == "text" else ()
+        settings.check_complete(self.info.ctx.model_config.get_multimodal_config().mm_encoder_only)
+        query = user_words(inputs.prompt, self.info) if settings.on and settings.asks else ()
         inputs = replace(inputs, hf_processor_mm_kwargs={**without_settings(kwargs), REQUEST: Request(settings, query)})
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         metrics.count_request([order_of(item) for item in result["mm_kwargs"].get("image", ()) if item is not None])
@@ -110,9 +105,9 @@ class PruningProcessor:
         images = mm_items.get("image", ())
         if request is None or not images:
             return inputs
-        blank = Order(0, 0, 0, request.settings.options).pack()
+        blank = Order(0, 0, 0, request.settings.rule).pack()
         fields = {
-            ORDER: torch.tensor([blank] * len(images), dtype=torch.float64),
+            ORDER: torch.tensor([blank] * len(images), dtype=torch.int64),
             QUERY: [torch.tensor(request.query, dtype=torch.int64)] * len(images),
         }
         return inputs._replace(passthrough_data={**inputs.passthrough_data, **fields})
@@ -130,8 +125,13 @@ class PruningProcessor:
         request, kwargs = split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
         images = mm_items.get("image", ())
-        # Images that come as embeddings were chosen by whoever made them.
-        if request is None or not request.settings.on or not isinstance(images, engine.ImageProcessorItems):
+        if request is None or not request.settings.on:
+            return list(updates)
+        if not isinstance(images, engine.ImageProcessorItems):
+            # Images that come as embeddings were chosen by whoever made them.
+            data = getattr(images, "data", None)
+            if isinstance(data, Mapping) and "image_embeds" not in data:
+                raise ValueError(f"image: expected pixels or image_embeds, got {', '.join(sorted(data))} alone")
             return list(updates)
         return [
             self._shortened(update, images, out_mm_kwargs["image"], request.settings)

@@ -9,8 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .. import prune_varlen
-from .settings import Order
+from .. import methods, prune_varlen
+from .settings import Order, Rule
 
 POSITION_CHANNELS = 3  # t, h, w
 
@@ -42,33 +42,49 @@ def choose(
 ) -> list[Tensor | None]:
     """The rows that stay of each image, ascending int64, or None where all do.
 
-    features: (before, >= width) each; the first `width` channels are compared. queries: (1, width) each or None. Images
-    that have the same options and alike a query or none are chosen in one call of `prune_varlen`, all of them where
-    nothing was set per request.
+    features: (before, >= width) each; the first `width` channels are compared. queries: (Q, width) each or None. Images
+    with the op's own rule, the same options and alike a query or none are chosen in one call of `prune_varlen`, all of
+    them where nothing was set per request. Other methods choose image by image, so that what else a step holds changes
+    nothing.
 
     Raises RuntimeError if the encoder gave another number of rows than the prompt was made for: vLLM would go on and
     use the first ones.
     """
-    groups: dict[tuple[object, bool], list[int]] = {}
+    groups: dict[tuple[Rule, bool], list[int]] = {}
     for i, (rows, order) in enumerate(zip(features, orders, strict=True)):
         if order.after == 0:
             continue
         if len(rows) != order.before:
             raise RuntimeError(f"image rows: expected {order.before}, as the prompt was made for, got {len(rows)}")
         if order.after != order.before:
-            groups.setdefault((order.options, queries[i] is None), []).append(i)
+            groups.setdefault((order.rule, queries[i] is None), []).append(i)
     chosen: list[Tensor | None] = [None] * len(features)
-    for (options, unasked), members in groups.items():
+    for (rule, unasked), members in groups.items():
         device = features[members[0]].device
         candidates = {i: (~newline_rows(orders[i], base)).nonzero()[:, 0].to(device) for i in members}
-        packed = torch.cat([features[i][:, :width].index_select(0, candidates[i]) for i in members])
-        ends = torch.tensor([0, *accumulate(len(candidates[i]) for i in members)], dtype=torch.int32)
+        packed = [features[i][:, :width].index_select(0, candidates[i]) for i in members]
         keep = [orders[i].after for i in members]
-        query = None if unasked else torch.stack([_present(queries[i]) for i in members])
-        kept = prune_varlen(packed, ends.to(device), query, keep, **asdict(options))  # type: ignore[call-overload]
-        for i, own, start in zip(members, kept.split(keep), ends.tolist(), strict=False):
-            chosen[i] = candidates[i][own - start]
+        words = [None if unasked else _present(queries[i]) for i in members]
+        options = rule.fused
+        if options is None:
+            kept = [_by_method(*one, rule) for one in zip(packed, words, keep, strict=True)]
+        else:
+            starts = [0, *accumulate(len(rows) for rows in packed)]
+            ends = torch.tensor(starts, dtype=torch.int32, device=device)
+            query = None if unasked else torch.stack([unit_mean(_present(own)) for own in words])
+            flat = prune_varlen(torch.cat(packed), ends, query, keep, **asdict(options))
+            kept = [own - start for own, start in zip(flat.split(keep), starts, strict=False)]
+        for i, own in zip(members, kept, strict=True):
+            chosen[i] = candidates[i][own]
     return chosen
+
+
+def _by_method(rows: Tensor, words: Tensor | None, keep: int, rule: Rule) -> Tensor:
+    """rows (N, C), words (Q, C) or None -> (keep,) int64, ascending."""
+    options = dict(rule.options)
+    how = {"negate": options.pop("negate"), "reduce": rule.reduce}  # the sign is the relevance's
+    relevance = None if words is None else methods.relevance_of(rows[None], words[None], **how)
+    return methods.select(rows[None], relevance, keep, method=rule.method, **options)[0]
 
 
 def _present(query: Tensor | None) -> Tensor:

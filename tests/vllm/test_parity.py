@@ -3,7 +3,7 @@
 from typing import Any
 
 from conftest import CLOSE, distance
-from scenarios import CHUNKS, SIZES
+from scenarios import CHUNKS, METHODS, SIZES
 
 
 def test_the_answers_are_those_of_transformers(told: dict[str, Any]) -> None:
@@ -31,6 +31,27 @@ def test_chunks_that_end_within_an_image_change_nothing(told: dict[str, Any]) ->
         assert max(chunked["steps"]) <= len(SIZES) * tokens
         for i, (got, want) in enumerate(zip(chunked["answers"], told["want"], strict=True)):
             assert distance(got, want) < CLOSE, (tokens, i)
+
+
+def test_images_and_words_alone_share_a_step(told: dict[str, Any]) -> None:
+    run = told["reencoded"][1]
+    assert run["steps"][0] == sum(answer["length"] for answer in run["answers"])
+    assert run["encoded"] == sum(len(sizes) for sizes in SIZES)
+
+
+def test_every_method_answers_as_transformers_does(told: dict[str, Any]) -> None:
+    runs = told["methods"]
+    for name, run in runs.items():
+        for got, want in zip(run["answers"], run["want"], strict=True):
+            assert got["length"] == want["length"], name
+            assert distance(got, want) < CLOSE, name
+        asked = METHODS[name]["query"] == "text"
+        assert len(run["identities"]) == run["encoded"] == (2 if asked else 1), name
+    identities = [identity for run in runs.values() for identity in run["identities"]]
+    assert len(set(identities)) == len(identities)
+    first = [run["answers"][0] for run in runs.values()] + [told["unasked"]["turns"][0]["answers"][0]]
+    for i, one in enumerate(first):
+        assert all(distance(one, other) > 1e-2 for other in first[:i]), i
 
 
 def test_the_answers_to_a_question_are_those_of_transformers(told: dict[str, Any]) -> None:

@@ -17,6 +17,11 @@ MESSAGES = {
     "unknown": "script_gamma2: expected one of script_keep, script_keep_ratio, script_query",
     "bad_option": "script_gsp_drop: expected",
     "family": "script_keep: expected a model of one of LlavaForConditionalGeneration",
+    "no_method": "script_method: expected one of script, cdpruner,",
+    "bad_method_option": "script_power: expected 0 <= power <= 64, got -1",
+    "unasked_relevance": "script_method: expected one that works without script_query=text, got 'relevance'",
+    "asked_encoder": "script_query: expected None where the encoder runs without the language model, got 'text'",
+    "old_engine": "script_keep: expected vLLM 0.31 or newer, got 0.30.2",
     "own_pruning": "script_keep: expected PrunedQwen2_5_VL without the engine's own pruning (video_pruning_rate)",
 }
 
@@ -34,6 +39,13 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("case", MESSAGES)
 def test_refused(said: dict[str, str], case: str) -> None:
     assert MESSAGES[case] in said[case]
+
+
+def test_graphs_that_replay_a_prefill_are_refused(said: dict[str, str]) -> None:
+    told = {name.removeprefix("graphs_"): text for name, text in said.items() if name.startswith("graphs_")}
+    assert "cudagraph_mode FULL, where a replayed prefill" in told.pop("FULL")
+    assert {"NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"} <= set(told)
+    assert set(told.values()) == {"started"}
 
 
 def test_the_refusal_of_a_family_names_it(said: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from scenarios import RATIO
+from scenarios import RATIO, SIZES
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
@@ -13,6 +13,12 @@ def test_nothing_configured_is_the_stock_engine(tell: Any, family: str) -> None:
     assert off["answers"] == stock["answers"]
     assert tell("pruned", family)["all"] == stock["answers"]
     assert off["request"].startswith("script_keep_ratio: expected an engine that was started with script_keep")
+
+
+def test_an_engine_that_is_not_quite_the_stock_one_is_told_apart(tell: Any) -> None:
+    stock, planted = tell("stock", "llava", VLLM_PLUGINS=""), tell("planted", "llava")
+    differ = [a != b for a, b in zip(planted["answers"], stock["answers"], strict=True)]
+    assert differ == [bool(sizes) for sizes in SIZES]
 
 
 def test_bfloat16_carries_positions_that_it_could_not_count(tell: Any) -> None:

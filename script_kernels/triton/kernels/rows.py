@@ -21,6 +21,7 @@ import triton.language as tl
 from .layout import Layout, from_order_key, image_of, launch, locate, order_key
 
 SAFE = tl.constexpr(40)  # exponents up to which a row needs no scale
+MOST = tl.constexpr(2.0**62)  # a scaled relevance
 PLANES = 3  # integer sums of a source token: degree, similarities over the threshold, all similarities
 BLOCK_ROWS, BLOCK_COLS = 4, 512
 ROW_WARPS, ROW_REGISTERS = 4, 128
@@ -237,11 +238,12 @@ def score_range(p_range, i_s):
 
 
 @triton.jit
-def min_max(b_score, low, high):
-    """Relevance in [0, 1] from raw scores and their range: ones if that is empty, 0 for bad rows (score +inf)."""
+def min_max(b_score, low, high, floor):
+    """Relevance in [floor, 1] from raw scores and their range: ones if that is empty, 0 for bad rows (score +inf)."""
     m_constant = high - low <= 1e-6
     b_r = (b_score - low) / tl.where(m_constant, 1.0, high - low)
-    b_r = tl.where(b_score >= high, 1.0, tl.minimum(tl.maximum(b_r, 0.0), 1.0))
+    b_r = floor + (1.0 - floor) * tl.minimum(tl.maximum(b_r, 0.0), 1.0)
+    b_r = tl.where(b_score >= high, 1.0, b_r)
     b_r = tl.where(m_constant, 1.0, b_r)
     return tl.where(b_score == float("inf"), 0.0, b_r)
 
@@ -253,21 +255,23 @@ def min_max_kernel(p_score, p_range, p_relevance, S, N, slots, BLOCK: tl.constex
     m_n = o_n < n
     b_score = tl.load(p_score + first + o_n, mask=m_n, other=0.0)
     low, high = score_range(p_range, i_s)
-    tl.store(p_relevance + first + o_n, min_max(b_score, low, high), mask=m_n)
+    tl.store(p_relevance + first + o_n, min_max(b_score, low, high, 0.0), mask=m_n)
 
 
 @triton.jit(do_not_specialize=["N"])
-def unit_kernel(p_relevance, p_scaled, p_unit, N, BLOCK: tl.constexpr):
+def unit_kernel(p_relevance, p_inv, p_scaled, p_unit, N, BLOCK: tl.constexpr):
     """One image per program: its relevance in units of the power of two that brings the largest near 1, and this unit.
 
     The unit is 1 unless the largest finite magnitude lies outside [2^-SAFE, 2^SAFE]: squares would overflow or vanish.
+    Only rows that are neither zero nor bad count for it; a finite relevance of the others keeps a finite square.
     """
     first = tl.program_id(0).to(tl.int64) * N
     largest = tl.full([], 0.0, tl.float32)
     for i_n in range(0, N, BLOCK):
         o_n = i_n + tl.arange(0, BLOCK)
         b_r = tl.abs(tl.load(p_relevance + first + o_n, mask=o_n < N, other=0.0))
-        largest = tl.maximum(largest, tl.max(tl.where(b_r < float("inf"), b_r, 0.0), axis=0))
+        b_counts = tl.load(p_inv + first + o_n, mask=o_n < N, other=0.0) > 0.0
+        largest = tl.maximum(largest, tl.max(tl.where(b_counts & (b_r < float("inf")), b_r, 0.0), axis=0))
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
     near = (exponent >= -SAFE) & (exponent <= SAFE) | (largest == 0.0)
     exponent = tl.where(near, 0, tl.minimum(tl.maximum(exponent, -126), 126))
@@ -276,15 +280,16 @@ def unit_kernel(p_relevance, p_scaled, p_unit, N, BLOCK: tl.constexpr):
     for i_n in range(0, N, BLOCK):
         o_n = i_n + tl.arange(0, BLOCK)
         b_r = tl.load(p_relevance + first + o_n, mask=o_n < N, other=0.0)
-        tl.store(p_scaled + first + o_n, b_r * inverse, mask=o_n < N)
+        b_scaled = tl.minimum(tl.maximum(b_r * inverse, -MOST), MOST)
+        tl.store(p_scaled + first + o_n, tl.where(tl.abs(b_r) < float("inf"), b_scaled, b_r), mask=o_n < N)
 
 
-def launch_unit(relevance: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_unit(relevance: torch.Tensor, layout: Layout, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Relevance (B, N) of any finite values, scaled so that its squares are finite, and the units (B,) fp32."""
     relevance = relevance.contiguous()
     scaled, unit = torch.empty_like(relevance), torch.empty(layout.segments, device=relevance.device)
     if layout.rows:
-        arguments = (relevance, scaled, unit, layout.n)
+        arguments = (relevance, rows.inv_norm, scaled, unit, layout.n)
         launch(unit_kernel, layout.segments, *arguments, BLOCK=BLOCK_SCORES, num_warps=SCORE_WARPS)
     return scaled, unit
 

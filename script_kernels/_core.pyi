@@ -3,8 +3,8 @@ from typing import Any
 import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
-# negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds
-_Options = tuple[bool, float, float, str, float, float, int, int]
+# negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor
+_Options = tuple[bool, float, float, str, float, float, int, int, float]
 
 def build_info() -> dict[str, str]: ...
 def query_relevance(tokens: _Array, query: _Array, query_mask: _Array | None, negate: bool, threads: int) -> _Array: ...

@@ -246,6 +246,7 @@ def prune(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
 ) -> torch.Tensor:
     """Which `keep` of an image's N visual tokens a language model should see, given the question.
 
@@ -264,6 +265,8 @@ def prune(
         combine: "intersect" walks QCSP's ranking for GSP's survivors and fills up from the rest of the ranking;
             "restrict" runs QCSP on GSP's survivors, and on the others after them if they are fewer than `keep`.
         threshold, gamma, min_degree, rounds: see `gsp`.
+        floor: QCSP sees relevance r as floor + (1 - floor) * r, 0 <= floor <= 1, so that a token beside the question
+            still counts by that much; 1 leaves the question out.
 
     Returns:
         (B, keep) int64, distinct and ascending.
@@ -288,6 +291,7 @@ def prune(
         "gamma": gamma,
         "min_degree": min_degree,
         "rounds": rounds,
+        "floor": floor,
     }
     if not torch.compiler.is_compiling():
         checks.prune(tokens, query, keep, aligned, query_mask, PruneOptions(**options))
@@ -309,6 +313,7 @@ def prune_varlen(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
 ) -> torch.Tensor:
     """`prune` on S images of different sizes, packed one after the other: the same result as on each alone.
 
@@ -320,7 +325,7 @@ def prune_varlen(
         query: (S, Q, C) or (1, Q, C), dtype and device of `tokens`; None: all tokens are equally relevant.
         keep: S ints, tokens to keep of each image; 0 for an empty one.
         aligned: (T, C), the tokens in the query's space, or None.
-        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds: see `prune`.
+        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor: see `prune`.
 
     Returns:
         (sum(keep),) int64, indices into the packed tokens, image by image, each ascending.
@@ -344,6 +349,7 @@ def prune_varlen(
         "gamma": gamma,
         "min_degree": min_degree,
         "rounds": rounds,
+        "floor": floor,
     }
     if not torch.compiler.is_compiling():
         given = PruneOptions(**options)

@@ -55,13 +55,15 @@ class Candidate:
 
 def candidates() -> list[Candidate]:
     """The grid that `calibrate` searches if it is given none: sign, reduction, power, mixture, method, share of GSP."""
+    few = {"survivors": 2.5, "combine": "restrict"}
     found = [Candidate(m, query=False) for m in ("dpp", "divprune", "gsp", "script", "stride")]
+    found += [Candidate("script", few, query=False)]
     for reduce in ("mean", "max"):
         for negate in (False, True):
             how: dict[str, Any] = {"reduce": reduce, "negate": negate}
             found += [Candidate("cdpruner", {"power": power}, **how) for power in (0.5, 1.0, 2.0)]
             found += [Candidate("cdpruner", {"mix": 0.5}, **how), Candidate("relevance", **how)]
-            found += [Candidate("script", {"gsp_drop": drop}, **how) for drop in (0.25, 0.5)]
+            found += [Candidate("script", {"floor": 0.6}, **how), Candidate("script", {**few, "floor": 0.3}, **how)]
     return found
 
 

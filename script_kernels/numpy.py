@@ -228,6 +228,7 @@ def prune(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
     threads: int = 1,
 ) -> Array:
     """Picks `keep` of the N tokens of each image, relevant to the query and not redundant; see `script_kernels.prune`.
@@ -238,7 +239,7 @@ def prune(
         keep: 1 <= keep <= N.
         aligned: (B, N, C), the tokens in the query's space; default `tokens`.
         query_mask: (B or 1, Q) bool.
-        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds: as in `script_kernels.prune`.
+        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor: see `script_kernels.prune`.
         threads: how many threads the call may use, >= 1.
 
     Returns:
@@ -267,7 +268,7 @@ def prune(
                 )
         width = (tokens if aligned is None else aligned).shape[2]
         query, query_mask = _query(query, query_mask, tokens, tokens.shape[0], width)
-    options = _options(negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds)
+    options = _options(negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor)
     options.check_drop(n)
     return _core.prune(
         _words(tokens),
@@ -295,6 +296,7 @@ def prune_varlen(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
     threads: int = 1,
 ) -> Array:
     """`prune` on segments of different lengths, packed behind each other; see `script_kernels.prune_varlen`.
@@ -305,7 +307,7 @@ def prune_varlen(
         query: (S or 1, Q, C), or None: all tokens are equally relevant.
         keep: one count per segment, 1 <= keep[s] <= its length, 0 for an empty one.
         aligned: (T, C), the tokens in the query's space; default `tokens`.
-        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds: as in `script_kernels.prune`.
+        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor: see `script_kernels.prune`.
         threads: how many threads the call may use, >= 1.
 
     Returns:
@@ -335,7 +337,7 @@ def prune_varlen(
                 raise ValueError(f"aligned: expected shape ({total}, C) with C >= 1, got {aligned.shape}")
         width = (tokens if aligned is None else aligned).shape[1]
         query, _ = _query(query, None, tokens, segments, width)
-    options = _options(negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds)
+    options = _options(negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor)
     starts = cu_seqlens.tolist()
     options.check_segments(starts, total, keep)
     return _core.prune_varlen(
@@ -429,6 +431,7 @@ def _options(
     gamma: float,
     min_degree: int,
     rounds: int,
+    floor: float,
 ) -> PruneOptions:
     options = PruneOptions(
         negate=bool(negate),
@@ -439,12 +442,13 @@ def _options(
         gamma=_real(gamma),
         min_degree=_whole(min_degree),
         rounds=_whole(rounds),
+        floor=_real(floor),
     )
     options.check()
     return options
 
 
-def _values(options: PruneOptions) -> tuple[bool, float, float, str, float, float, int, int]:
+def _values(options: PruneOptions) -> tuple[bool, float, float, str, float, float, int, int, float]:
     """The options as _core takes them."""
     return (
         options.negate,
@@ -455,4 +459,5 @@ def _values(options: PruneOptions) -> tuple[bool, float, float, str, float, floa
         float(options.gamma),
         options.min_degree,
         options.rounds,
+        float(options.floor),
     )

@@ -174,7 +174,10 @@ class Op(NamedTuple):
 
 
 GSP = "float threshold=0.2, float gamma=1.0, int min_degree=4, int rounds=1"
-PRUNE = f'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", {GSP}'
+PRUNE = (
+    'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", '  # then those of GSP
+    f"{GSP}, float floor=0.0"
+)
 
 OPS = (
     Op(

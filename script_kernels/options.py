@@ -100,6 +100,7 @@ class PruneOptions(GspOptions):
     gsp_drop: float = 0.25
     oversample: float = 2.0
     combine: str = "intersect"
+    floor: float = 0.0
 
     def check(self) -> None:
         """Raises TypeError or ValueError, naming the first option that cannot be."""
@@ -114,6 +115,9 @@ class PruneOptions(GspOptions):
         if self.combine not in COMBINE:
             raise ValueError(f"combine: expected 'intersect' or 'restrict', got {self.combine!r}")
         super().check()
+        check_number(self.floor, "floor")
+        if not is_symbolic(self.floor) and not 0 <= self.floor <= 1:
+            raise ValueError(f"floor: expected 0 <= floor <= 1, got {self.floor}")
 
     def check_drop(self, n: int) -> None:
         """Raises ValueError unless `rounds` rounds can drop the share `gsp_drop` of n tokens."""

@@ -256,10 +256,11 @@ def _select(tokens: Tensor, relevance: Tensor, tier: Tensor, k: int, dtype: torc
     """Greedy selection in which bad tokens form a tier of their own behind all others."""
     bad = bad_rows(tokens) | ~torch.isfinite(relevance)
     relevance = relevance.masked_fill(bad, 0.0)
-    # By a power of two, so that no square overflows or vanishes.
-    exponent = -torch.frexp(relevance.abs().amax(1, keepdim=True)).exponent
+    # By a power of two, so that no square overflows or vanishes. A zero row has L_ii = 0, whatever its relevance.
+    weight = relevance.masked_fill((tokens == 0).all(-1), 0.0)
+    exponent = -torch.frexp(weight.abs().amax(1, keepdim=True)).exponent
     indices, gains = greedy(
-        kernel_matrix(tokens, torch.ldexp(relevance, exponent), dtype=dtype), relevance, tier.masked_fill(bad, 2), k
+        kernel_matrix(tokens, torch.ldexp(weight, exponent), dtype=dtype), relevance, tier.masked_fill(bad, 2), k
     )
     return indices, torch.ldexp(gains.double(), -2 * exponent).clamp(max=torch.finfo(dtype).max).to(dtype)
 
@@ -296,6 +297,7 @@ def prune(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Picks ``keep`` of the N tokens (B, N, D), neither redundant nor beside the query; (B, keep) ascending indices."""
@@ -306,6 +308,7 @@ def prune(
         relevance = query_relevance(
             tokens if aligned is None else aligned, query, query_mask, negate=negate, dtype=dtype
         )
+        relevance = floor + (1 - floor) * relevance
     mask, _ = gsp(
         tokens,
         N - math.floor(gsp_drop * N),
@@ -342,6 +345,7 @@ def prune_varlen(
     gamma: float = 1.0,
     min_degree: int = 4,
     rounds: int = 1,
+    floor: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``prune`` of each segment of the packed tokens (T, D); (sum(keep),) indices into the packed tokens."""
@@ -363,6 +367,7 @@ def prune_varlen(
             gamma=gamma,
             min_degree=min_degree,
             rounds=rounds,
+            floor=floor,
             dtype=dtype,
         )
         kept.append(local[0] + start)

@@ -154,6 +154,17 @@ def test_a_finite_relevance_of_any_size_counts(backend, value):
     testing.certify(testing.kernel64(tokens, relevance), indices)
 
 
+@pytest.mark.parametrize("value", [1e28, 3.4028234663852886e38, -1e30])
+def test_the_relevance_of_a_zero_row_does_not_hide_the_others(backend, value):
+    """Its L_ii is 0, so the scale of the kernel is that of the other tokens."""
+    tokens = testing.make_tokens("gaussian", 1, 40, 16)
+    tokens[0, 5] = 0.0
+    relevance = testing.make_relevance(1, 40) * 1e-10
+    relevance[0, 5] = value
+    indices, _ = backend.qcsp(tokens.to(backend.device), relevance.to(backend.device), 20)
+    testing.certify(testing.kernel64(tokens, relevance), indices)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [1, 64, 130, 1000, 4096, 65536])
 def test_equal_tokens_go_by_relevance(backend, width, dtype):

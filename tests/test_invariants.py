@@ -60,6 +60,7 @@ def prunings(draw):
         "min_degree": draw(st.integers(0, 20)),
         "rounds": draw(st.integers(1, 3)),
         "negate": draw(st.booleans()),
+        "floor": draw(st.sampled_from([0.0, 0.3, 1.0])),
     }
     return tokens, query, draw(st.integers(1, N)), options
 

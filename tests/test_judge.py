@@ -94,19 +94,34 @@ def test_questions_in_one_sequence_answer_as_each_alone():
     torch.testing.assert_close(together[:, 3], alone[:, 0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(not SEEDS, reason="no weights are committed")
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_judge_answers_unpruned_and_pruned(seed):
-    given = evaluate.exam(seed, "val", 24)
+def test_a_judge_answers_as_recorded(seed):
+    """The first scenes of the test split, again: other machines round bfloat16 otherwise, so a few answers may turn."""
+    recorded = dict(np.load(evaluate.RESULTS / f"seed{seed}-test.npz"))
+    assert recorded["unpruned"].mean() > 0.85
+    assert recorded["other_image"].mean() < 0.40
+    given = evaluate.exam(seed, "test", 16)
+    n = len(given)
     some = [evaluate.Setting("random"), evaluate.Setting("dpp"), evaluate.Setting("relevance", source="evidence")]
     found = evaluate.evaluate(given, some, (576, 64), log=lambda line: None)
-    assert found["unpruned"].mean() > 0.85
-    assert found["other_image"].mean() < 0.40
+    assert (found["image"] == recorded["image"][:n]).all()
+    assert (found["kind"] == recorded["kind"][:n]).all()
+    assert (found["unpruned"] == recorded["unpruned"][:n]).mean() > 0.97
     assert (found["right"][:, 0] == found["unpruned"]).all()  # all tokens kept: the same answers
     assert (found["kl"][:, 0] < 1e-2).all()
-    chance, free, oracle = found["right"][:, 1].mean(1)
-    assert chance < free < oracle + 0.1
+    names, keeps = list(recorded["settings"]), list(recorded["keeps"])
+    for right, setting in zip(found["right"][:, 1], some, strict=True):
+        before = recorded["right"][names.index(setting.name), keeps.index(64), :n]
+        assert (right == before).mean() > 0.95
     assert np.nanmin(found["evidence"][2, 1].astype(float)) == 1  # 64 tokens hold all evidence, at most 4 tiles
+
+
+def test_three_judges_are_committed():
+    assert SEEDS == [0, 1, 2]
+    for seed in SEEDS:
+        log = (train.WEIGHTS / f"seed{seed}.log").read_text()
+        digest = hashlib.sha256((train.WEIGHTS / f"seed{seed}.safetensors").read_bytes()).hexdigest()
+        assert log.rstrip().endswith(digest)
 
 
 def test_a_difference_has_the_interval_of_its_clusters():

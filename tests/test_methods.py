@@ -180,6 +180,32 @@ def test_script_with_nothing_dropped_is_cdpruner_and_with_no_query_the_op_prune(
             assert torch.equal(kept, script_kernels.prune(tokens, None, K, combine=combine, gsp_drop=drop))
 
 
+@pytest.mark.parametrize("keep", [1, K, N])
+def test_survivors_are_a_multiple_of_what_is_kept(keep):
+    from script_kernels import gsp, qcsp
+    from script_kernels.options import rounds_needed
+
+    tokens, relevance = example()
+    kept = methods.select(tokens, relevance, keep, survivors=1.5, combine="restrict")
+    left = min(N, max(math.ceil(1.5 * keep), math.ceil(N / 16)))
+    mask, _ = gsp(tokens, left, rounds=rounds_needed(N, left))
+    for b in range(B):
+        alive = mask[b].nonzero()[:, 0]
+        assert len(alive) == left
+        order, _ = qcsp(tokens[b, alive][None], relevance[b, alive][None], keep)
+        assert torch.equal(kept[b], alive[order[0]].sort().values)
+    joined = methods.select(tokens, relevance, keep, survivors=1.5, oversample=N / keep)  # the whole ranking meets them
+    assert all(mask[b, joined[b]].all() for b in range(B))
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 576, 8192])
+def test_any_count_of_tokens_has_its_survivors(n):
+    tokens = torch.randn(1, n, 8)
+    for keep in {1, min(n, 64), n}:
+        for survivors in (1.0, 2.5):
+            assert methods.select(tokens, None, keep, survivors=survivors, combine="restrict").shape == (1, keep)
+
+
 def test_the_union_gives_half_to_the_graph_and_the_rest_to_the_order():
     from script_kernels import gsp, qcsp
     from script_kernels.options import rounds_needed
@@ -250,6 +276,7 @@ def test_a_callable_is_checked():
         ({"keep": 0}, ValueError, "1 <= k"),
         ({"keep": N + 1}, ValueError, "1 <= k"),
         ({"power": -1.0}, ValueError, "power: expected 0 <= power"),
+        ({"survivors": 0.5}, ValueError, "survivors: expected 1 <= survivors"),
         ({"mix": 1.5}, ValueError, "mix: expected 0 <= mix <= 1"),
         ({"floor": math.nan}, ValueError, "floor: expected a finite number"),
         ({"combine": "both"}, ValueError, "combine: expected one of intersect, restrict, union"),

@@ -59,7 +59,7 @@ def test_every_function_gives_the_bits_of_its_op(batch: int, n: int, width: int,
     for options in (
         {},
         {"combine": "restrict", "gsp_drop": 0.5},
-        {"query_mask": mask, "negate": True, "oversample": 1.5},
+        {"query_mask": mask, "negate": True, "oversample": 1.5, "floor": 0.4},
     ):
         arrays = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
         same(
@@ -217,6 +217,11 @@ STARTS = np.array([0, 3, 6], np.int32)
             "gsp_drop: expected 0 <= gsp_drop < 1, got 1.0",
         ),
         (
+            lambda: script_numpy.prune(X, None, 2, floor=1.5),
+            ValueError,
+            "floor: expected 0 <= floor <= 1, got 1.5",
+        ),
+        (
             lambda: script_numpy.prune(X, None, 2, oversample=0.5),
             ValueError,
             "oversample: expected a finite number >= 1, got 0.5",
@@ -366,3 +371,43 @@ def test_the_gil_is_released() -> None:
         time.sleep(0.001)
     thread.join()
     assert ticks > 3
+
+
+ENDING = """
+import threading, time
+import numpy as np
+import script_kernels.numpy as sn
+tokens = np.random.default_rng(0).standard_normal((1, 1500, 64), dtype=np.float32)
+expected = sn.prune(tokens, None, 300)
+def work():
+    while True:
+        sn.prune(tokens, None, 300)
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.05)
+"""
+
+
+def test_a_daemon_thread_in_a_call_does_not_abort_the_end_of_the_interpreter() -> None:
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+FORKING = """
+import os
+import numpy as np
+import script_kernels.numpy as sn
+tokens = np.random.default_rng(0).standard_normal((4, 1500, 64), dtype=np.float32)
+expected = sn.prune(tokens, None, 100)
+child = os.fork()
+same = (sn.prune(tokens, None, 100) == expected).all()
+if child == 0:
+    os._exit(0 if same else 3)
+assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_fork_between_calls_leaves_both_processes_able_to_call() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -23,10 +23,10 @@ qcsp(Tensor tokens, Tensor relevance, SymInt k) -> (Tensor indices, Tensor gains
 mask_intersect(Tensor ranking, Tensor mask, SymInt k) -> Tensor
 prune(Tensor tokens, Tensor? query, SymInt keep, *, Tensor? aligned=None, Tensor? query_mask=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
-      int min_degree=4, int rounds=1) -> Tensor
+      int min_degree=4, int rounds=1, float floor=0.0) -> Tensor
 prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, SymInt[] keep, *, Tensor? aligned=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
-      int min_degree=4, int rounds=1) -> Tensor
+      int min_degree=4, int rounds=1, float floor=0.0) -> Tensor
 """
 SCHEMAS = {text.partition("(")[0]: text for text in re.sub(r"\s*\n\s+", " ", FROZEN).strip().split("\n")}
 

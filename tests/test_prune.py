@@ -17,6 +17,7 @@ CASES = {
     "many rounds": {"gsp_drop": 0.7, "rounds": 5, "combine": "restrict"},
     "no graph stage": {"gsp_drop": 0.0},
     "no oversampling": {"oversample": 1.0},
+    "floor": {"floor": 0.6},
 }
 
 
@@ -34,6 +35,7 @@ def compose(backend, tokens, query, keep, *, aligned=None, query_mask=None, nega
     relevance = torch.ones(B, N, device=tokens.device)
     if query is not None:
         relevance = backend.query_relevance(tokens if aligned is None else aligned, query, query_mask, negate=negate)
+        relevance = options.get("floor", 0.0) + (1 - options.get("floor", 0.0)) * relevance
     mask, _ = backend.gsp(tokens, survivors_of(N, options), **gsp_options(options))
     if options.get("combine", "intersect") == "intersect":
         ranking, _ = backend.qcsp(tokens, relevance, min(N, math.ceil(options.get("oversample", 2.0) * keep)))
@@ -69,7 +71,8 @@ def clear_cut_batch(kind, n, d, keep, case, *, dtype=torch.float32, queries=3):
         if kind == "photo":
             tokens = tokens[:, torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
         query = testing.make_query(1, queries, d, dtype=dtype, seed=seed)
-        relevance = reference.query_relevance(tokens, query, dtype=torch.float64)
+        floor = options.get("floor", 0.0)
+        relevance = floor + (1 - floor) * reference.query_relevance(tokens, query, dtype=torch.float64)
         if is_clear_cut(tokens, relevance, keep, options):
             found.append((tokens, query))
             if len(found) == 2:
@@ -114,6 +117,13 @@ def test_against_the_composition(backend, kind, case, negate):
 
 @pytest.mark.parametrize("combine", ["intersect", "restrict"])
 class TestArguments:
+    def test_a_floor_of_one_leaves_the_question_out(self, backend, combine):
+        tokens = testing.make_tokens("clustered", 2, 64, 48, device=backend.device)
+        query = testing.make_query(2, 3, 48, device=backend.device)
+        kept = backend.prune(tokens, query, 12, floor=1.0, combine=combine)
+        assert torch.equal(kept, backend.prune(tokens, None, 12, combine=combine))
+        assert not torch.equal(kept, backend.prune(tokens, query, 12, combine=combine))
+
     def test_no_query_is_relevance_of_one(self, backend, combine):
         tokens = testing.make_tokens("clustered", 2, 64, 48, device=backend.device)
         expected = compose(backend, tokens, None, 16, combine=combine)

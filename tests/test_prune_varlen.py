@@ -44,7 +44,9 @@ LENGTHS = [([64, 33, 1, 0, 100], [16, 33, 1, 0, 5]), ([0, 0], [0, 0]), ([17], [4
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("lengths", "keep"), LENGTHS)
-@pytest.mark.parametrize("options", [{}, {"combine": "restrict", "gsp_drop": 0.5}, {"rounds": 2, "oversample": 3.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"combine": "restrict", "gsp_drop": 0.5}, {"rounds": 2, "oversample": 3.0, "floor": 0.4}]
+)
 def test_equals_prune_per_segment(backend, dtype, lengths, keep, options):
     total = sum(lengths)
     tokens = testing.make_tokens("clustered", 1, max(total, 1), 24, dtype=dtype, device=backend.device)[0, :total]

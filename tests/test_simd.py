@@ -18,7 +18,7 @@ FEATURES: dict[str, set[str]] = {
     "neon_bf16": {"bf16"},
 }
 LEVELS = levels_of()
-TESTS = ["test_relevance.py", "test_bipartite_match.py", "test_gsp.py", "test_dpp.py"]
+TESTS = ["test_relevance.py", "test_bipartite_match.py", "test_gsp.py", "test_dpp.py", "test_differential.py"]
 
 
 def cpu_flags() -> set[str]:

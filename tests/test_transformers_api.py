@@ -22,6 +22,7 @@ from tiny_vlm import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import script_kernels
+from script_kernels import methods
 from script_kernels.transformers import kv_cache_bytes, prefill_flops, prune_inputs, script_pruning
 from script_kernels.transformers.encode import encode
 from script_kernels.transformers.query import user_columns
@@ -95,10 +96,54 @@ def test_pruning_options_reach_the_op():
         "threshold": 0.1,
         "min_degree": 2,
     }
-    pruned = prune_inputs(model, inputs, 8, query=query, **options)
-    expected = script_kernels.prune(visual.features[None], query[None], 8, **options)[0]
+    pruned = prune_inputs(model, inputs, 8, query=query, reduce="mean", floor=0.5, **options)
+    expected = script_kernels.prune(visual.features[None], query[None], 8, floor=0.5, **options)[0]
     assert torch.equal(pruned.keep_indices[0], expected)
     assert not torch.equal(prune_inputs(model, inputs, 8, query=query).keep_indices[0], expected)
+
+
+GRAPH = {"combine": "restrict", "survivors": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "open_ones"),
+    [
+        ({}, {"floor": 0.3, **GRAPH, "reduce": "max"}),
+        ({"reduce": "mean"}, {"floor": 0.3, **GRAPH}),
+        ({"floor": 0.0}, {**GRAPH, "reduce": "max"}),
+        ({"mix": 0.5}, {**GRAPH, "reduce": "max"}),
+        ({"power": 2.0}, {**GRAPH, "reduce": "max"}),
+        ({"gsp_drop": 0.5}, {"floor": 0.3, "reduce": "max"}),
+        ({"combine": "union"}, {"floor": 0.3, "reduce": "max"}),
+        ({"negate": True}, {"floor": 0.3, **GRAPH, "reduce": "max"}),
+        ({"method": "cdpruner"}, {"reduce": "mean"}),
+        ({"query": None}, {}),
+    ],
+)
+def test_what_is_left_open_is_settled(given, open_ones):
+    model, inputs = example("llava")
+    (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    tokens = visual.features[None]
+    query = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    kept = prune_inputs(model, inputs, 8, **{"query": query, **given}).keep_indices[0]
+    how = {**open_ones, **given}
+    relevance = None
+    if how.pop("query", query) is not None:
+        relevance = methods.relevance_of(
+            tokens, query[None], reduce=how.pop("reduce", "mean"), negate=how.pop("negate", False)
+        )
+    assert torch.equal(kept, methods.select(tokens, relevance, 8, **how)[0])
+
+
+@pytest.mark.parametrize("other", [{"reduce": "mean"}, {"floor": 0.0}, {"gsp_drop": 0.25}])
+def test_each_part_of_what_is_settled_counts(other):
+    model, inputs = example("llava")
+    differ = 0
+    for seed in range(8):
+        query = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed))
+        kept, without = (prune_inputs(model, inputs, 8, query=query, **given).keep_indices[0] for given in ({}, other))
+        differ += not torch.equal(kept, without)
+    assert differ
 
 
 # --- queries

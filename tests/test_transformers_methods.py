@@ -124,10 +124,10 @@ def test_calibration_compares_what_generate_would_see(family):
         values = []
         for given in inputs:
             said = model.generate(**given, max_new_tokens=3, do_sample=False)[:, given["input_ids"].shape[1] :]
-            how = {"method": candidate.method, "reduce": candidate.reduce, "negate": candidate.negate}
-            pruned = prune_inputs(
-                model, given, 3, query="text" if candidate.query else None, **how, **candidate.options
-            )
+            # A candidate is all that it says and the method's own defaults, not those of an integration.
+            how = {**methods.options_of(candidate.method), **candidate.options, "negate": candidate.negate}
+            how |= {"method": candidate.method, "reduce": candidate.reduce}
+            pruned = prune_inputs(model, given, 3, query="text" if candidate.query else None, **how)
             before = forced(model, given, said)
             after = forced(model, pruned, said)
             values.append(float((before.exp() * (before - after)).sum(-1).mean()))
@@ -189,3 +189,10 @@ def test_what_cannot_be_calibrated_is_refused():
         calibrate_model(model, inputs, keep=4, first_tokens=0, grid=GRID)
     with pytest.raises(ValueError, match="keep: expected fewer than the 36 visual tokens"):
         calibrate_model(model, inputs, keep=36, grid=GRID)
+
+
+def test_a_union_is_the_method_s_as_the_op_has_none():
+    model, inputs = example("llava")
+    (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    kept = prune_inputs(model, inputs, 9, query=None, combine="union").keep_indices[0]
+    assert torch.equal(kept, methods.select(visual.features[None], None, 9, combine="union")[0])

@@ -1,67 +1,23 @@
-"""What stands around the integration: the demo's features, the evaluation wrapper, the prefill benchmark."""
+"""What stands around the integration: the demo's features, the prefill benchmark, calibration."""
 
 from __future__ import annotations
 
 import csv
 import pathlib
 import re
-import runpy
-import sys
 
 import pytest
 import torch
-from tiny_vlm import IMAGE, make_config, make_model, transformers
+from saved_vlm import photo, save_llava
+from tiny_vlm import make_config, make_model, transformers
 
 from script_kernels.transformers import prune_inputs
 from script_kernels.transformers.demo import demo_features
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-WORDS = ["<unk>", "</s>", "USER", "ASSISTANT", ":", "what", "colour", "is", "the", "car", "?"]
-TEMPLATE = (
-    "{% for m in messages %}USER : {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def saved_llava(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with a random LLaVA and its processor, as save_pretrained leaves it."""
-    tokenizers = pytest.importorskip("tokenizers")
-    pytest.importorskip("PIL")
-    folder = tmp_path_factory.mktemp("llava")
-    make_model("llava").save_pretrained(folder)
-    vocabulary = {word: 10 + i for i, word in enumerate(WORDS)} | {"<image>": IMAGE}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    words = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        eos_token="</s>",
-        pad_token="</s>",
-        additional_special_tokens=["<image>"],
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    size = {"height": 84, "width": 84}
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 84}, crop_size=size)
-    processor = transformers.LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=words,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE,
-    )
-    processor.save_pretrained(folder)
-    return folder
-
-
-def photo(width: int, height: int):
-    from PIL import Image
-
-    pixels = torch.randint(0, 255, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
+    return save_llava(tmp_path_factory.mktemp("llava"))
 
 
 def test_demo_features_are_the_models(saved_llava: pathlib.Path) -> None:
@@ -107,58 +63,6 @@ def test_the_demo_command_draws_a_models_features(
         with pytest.raises(SystemExit):
             cli.main([*arguments, *extra])
         assert message in capsys.readouterr().err
-
-
-EVALUATION = """
-import json, os, torch
-from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-folder = os.environ["FOLDER"]
-model = LlavaForConditionalGeneration.from_pretrained(folder)
-inputs = AutoProcessor.from_pretrained(folder)(
-    images=Image.open(os.environ["PHOTO"]), text="USER : <image> what is the car ? ASSISTANT :", return_tensors="pt"
-)
-out = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=1, top_p=None)
-torch.save((inputs, out), os.environ["RESULT"])
-"""
-
-
-def test_the_evaluation_wrapper_prunes_the_model_it_loads(
-    saved_llava: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The code of bench/accuracy.md against a stand-in for lmms-eval."""
-    wrapper = re.search(r"```python\n(.*?)```", (ROOT / "bench" / "accuracy.md").read_text(), re.DOTALL)
-    assert wrapper
-    (tmp_path / "lmms_eval").mkdir()
-    (tmp_path / "lmms_eval" / "__init__.py").touch()
-    (tmp_path / "lmms_eval" / "__main__.py").write_text(EVALUATION)
-    (tmp_path / "pruned_eval.py").write_text(wrapper[1])
-    photo(120, 90).save(tmp_path / "photo.png")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["pruned_eval.py"])
-    load = transformers.PreTrainedModel.__dict__["from_pretrained"]
-    answers = {}
-    for keep in (0, 5):
-        for name, value in {"KEEP": keep, "FOLDER": saved_llava, "PHOTO": tmp_path / "photo.png"}.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setenv("RESULT", str(tmp_path / "result.pt"))
-        try:
-            runpy.run_path(str(tmp_path / "pruned_eval.py"), run_name="__main__")
-        finally:
-            transformers.PreTrainedModel.from_pretrained = load
-        answers[keep] = torch.load(tmp_path / "result.pt", weights_only=False)
-    inputs, unpruned = answers[0]
-    pruned = answers[5][1]
-    assert pruned.shape == unpruned.shape
-    length = inputs["input_ids"].shape[1]
-    model = make_model("llava")
-    processor = transformers.AutoProcessor.from_pretrained(saved_llava)
-    expected = model.generate(
-        **prune_inputs(model, inputs, 5, tokenizer=processor), max_new_tokens=6, do_sample=False, pad_token_id=1
-    )
-    assert torch.equal(pruned[:, length:], expected[:, -6:])
-    assert torch.equal(unpruned, model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=1))
-    assert not torch.equal(pruned, unpruned)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl"])

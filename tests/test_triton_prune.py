@@ -123,7 +123,9 @@ def test_intersection_without_a_mask_sorts():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"combine": "restrict", "gsp_drop": 0.5}, {"rounds": 2, "oversample": 3.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"combine": "restrict", "gsp_drop": 0.5}, {"rounds": 2, "oversample": 3.0, "floor": 0.4}]
+)
 def test_varlen_equals_prune_per_segment(options, dtype):
     lengths, keep = [65, 17, 1, 0, 30], [16, 17, 1, 0, 5]
     tokens = testing.make_tokens("clustered", 1, sum(lengths), 24, dtype=dtype, device=DEVICE)[0]

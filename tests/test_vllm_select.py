@@ -54,7 +54,7 @@ def test_every_method_chooses_as_alone(method: str, reduce: str) -> None:
     images, words = features(40, 64, 30), features(5, 3, 4)
     options = {"negate": True, **({"power": 2.0, "floor": 0.1} if method in ("script", "cdpruner") else {})}
     rule = Settings(query="text", method=method, reduce=reduce, options=options).rule
-    own = {name: value for name, value in options.items() if name != "negate"}
+    own = {name: value for name, value in rule.options if name != "negate"}
     for asked in (True, False):
         queries = list(words) if asked else [None] * 3
         chosen = choose(images, [order(len(rows), 9, rule=rule) for rows in images], queries, 32)

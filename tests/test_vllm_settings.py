@@ -138,8 +138,9 @@ def test_the_environment_s_options_are_those_of_its_method() -> None:
 
 
 def test_knobs_that_stand_where_the_op_has_them_are_the_op() -> None:
-    plain = Settings(keep=4, query="text")
-    still = Settings(keep=4, query="text", options={"power": 1, "mix": 1.0, "floor": 0, "ridge": 0.0, "gsp_drop": 0.25})
+    plain = Settings(keep=4, query="text", reduce="mean", options={"floor": 0.6, "gsp_drop": 0.25})
+    given = {"power": 1, "mix": 1.0, "floor": 0.6, "ridge": 0.0, "gsp_drop": 0.25}
+    still = Settings(keep=4, query="text", reduce="mean", options=given)
     turned = Settings(keep=4, query="text", options={"power": 2})
     assert plain.rule.fused == still.rule.fused is not None
     assert plain.identity((1,)) == still.identity((1,))
@@ -179,6 +180,19 @@ def test_a_share_that_no_rounds_reach_is_refused_before_the_encoder() -> None:
         restricted.placeholders(576)
     assert Settings(keep=500, options={"combine": "restrict"}).placeholders(576) == 500  # the op fills up
     assert Settings(keep=500, options={"combine": "union", "gsp_drop": 0.9}).placeholders(576) == 500
+
+
+def test_what_a_question_leaves_open_is_settled_as_in_transformers() -> None:
+    asked = Settings(keep=4, query="text").rule
+    assert asked.reduce == "max"
+    assert {"floor": 0.3, "combine": "restrict", "survivors": 2.0}.items() <= dict(asked.options).items()
+    free = Settings(keep=4).rule
+    assert free.fused is not None
+    assert (free.fused.floor, free.fused.combine, free.reduce) == (0, "intersect", "mean")
+    own = Settings(keep=4, query="text", reduce="mean", options={"floor": 0.1, "gsp_drop": 0.5}).rule
+    assert own.fused is not None
+    assert (own.fused.floor, own.fused.gsp_drop, own.fused.combine) == (0.1, 0.5, "intersect")
+    assert dict(Settings(keep=4, query="text", options={"mix": 0.5}).rule.options)["floor"] == 0
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "test": 3_000_017}
-IMAGES = {"val": 48, "test": 60}
+IMAGES = {"val": 120, "test": 120}
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -65,6 +65,7 @@ def settings() -> list[Setting]:
     free = [
         Setting(m) for m in ("random", "stride", "dpp", "divprune", "gsp", "otprune", "tome_drop", "dart", "script")
     ]
+    free += [Setting("script", {"survivors": s, "combine": "restrict"}) for s in (2.0, 2.5)]
     asked = []
     for source in ("pair", "words"):
         s: dict[str, Any] = {"source": source}
@@ -85,7 +86,10 @@ def settings() -> list[Setting]:
         asked += [Setting("script", {"gsp_drop": 0.5}, reduce="max", **s)]
         asked += [Setting("script", {"oversample": 4.0}, reduce="max", **s)]
         asked += [Setting("script", {"gsp_drop": 0.5, "power": 2.0}, reduce="max", **s)]
-        asked += [Setting("script", {"gsp_drop": 0.75, "rounds": 3, "combine": "restrict"}, reduce="max", **s)]
+        for few in (2.0, 2.5):
+            graph = {"survivors": few, "combine": "restrict"}
+            asked += [Setting("script", {**graph, "floor": 0.3}, reduce=reduce, **s) for reduce in ("max", "mean")]
+            asked += [Setting("script", {**graph, "floor": 0.6}, **s), Setting("script", {**graph, "mix": 0.5}, **s)]
         asked += [Setting("resprune", reduce="max", **s), Setting("resprune", {"alpha": 4.0}, reduce="max", **s)]
         asked += [Setting("mmr", {"balance": b}, reduce="max", **s) for b in (0.5, 0.8)]
         asked += [Setting("relevance", **s), Setting("relevance", reduce="max", **s)]

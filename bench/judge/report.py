@@ -9,6 +9,7 @@ import numpy as np
 
 from .evaluate import CHOOSE, KEEPS, RESULTS, TOKENS, Setting, settings
 
+PLOT = pathlib.Path(__file__).parents[2] / "docs" / "judge.png"
 FAMILIES = ("cdpruner", "script", "resprune", "mmr", "relevance")
 
 
@@ -42,7 +43,11 @@ def reported() -> list[Setting]:
             some.append(next(s for s in every if s.method == family and s.source == source))
     some += [s for s in every if s.method == "released_script"]
     some += [s for s in every if s.negate]
-    return some + [s for s in chosen() if s.name not in {t.name for t in some}]
+    some += [s for s in chosen() if s.name not in {t.name for t in some}]
+    return [
+        *some,
+        next(s for s in every if s.method == "script" and s.options == {"floor": 0.6} and s.source == "words"),
+    ]
 
 
 def difference(a: Any, b: Any, image: Any, level: float = 0.95) -> tuple[float, float]:
@@ -109,26 +114,43 @@ def unbeaten(runs: dict[int, Any]) -> dict[str, list[str]]:
     return found
 
 
+# What the plot draws: setting, label, line.
+DRAWN = (
+    ("relevance (evidence)", "oracle: the evidence first", "k--"),
+    ("script (survivors=2, combine=restrict, floor=0.3, words, max)", "script in the integrations", "C3-"),
+    ("calibrated on 32 pairs", "calibrated, without answers", "C4-"),
+    ("dpp", "diversity alone (DPP)", "C0-"),
+    ("divprune", "DivPrune", "C1-"),
+    ("cdpruner (words)", "CDPruner, relevance by words", "C2-"),
+    ("cdpruner (pair)", "CDPruner, relevance by sentence encoder", "C2:"),
+    ("relevance (words)", "relevance alone, by words", "C5-"),
+    ("random", "random", "C7-"),
+)
+
+
 def plot(runs: dict[int, Any], path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 5), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 4.2), sharey=True, squeeze=False)
     for axis, (seed, run) in zip(axes[0], runs.items(), strict=True):
-        names = list(run["settings"])
-        best = sorted(range(len(names)), key=lambda n: -run["right"][n, :, :].mean())
-        for n in best:
-            axis.plot(100 * run["keeps"] / TOKENS, 100 * run["right"][n].mean(-1), marker=".", label=names[n])
-        axis.axhline(100 * run["unpruned"].mean(), color="black", linestyle=":", label="unpruned")
+        names, share = list(run["settings"]), 100 * run["keeps"] / TOKENS
+        axis.axhline(100 * run["unpruned"].mean(), color="black", linewidth=0.8, label="unpruned")
+        for name, label, line in DRAWN:
+            axis.plot(share, 100 * run["right"][names.index(name)].mean(-1), line, marker=".", label=label)
         axis.set_xscale("log")
+        axis.set_xticks(share, [f"{s:.0f}" for s in share])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
         axis.set_title(f"seed {seed}")
-        axis.set_xlabel("tokens kept, %")
+        axis.set_xlabel("visual tokens kept, %")
     axes[0][0].set_ylabel("right answers, %")
-    axes[0][-1].legend(fontsize=5, ncol=1, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), ncol=4, fontsize=8, loc="lower center")
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, by in beaten.items():
         print(name, "beaten:", len(by), *by[:1])
     (RESULTS / "test.md").write_text(text + "\n")
-    plot(runs, RESULTS / "test.png")
+    plot(runs, PLOT)
     print(text)
 
 

@@ -17,6 +17,7 @@ struct PruneOptions {
   double gsp_drop = 0.25;
   double oversample = 2.0;
   bool restrict = false;
+  double floor = 0.0;  // of the relevance
   GspOptions gsp;
 
   // Tokens that QCSP ranks.
@@ -46,10 +47,10 @@ inline void prune(const PruneInput& input, int64_t keep, const PruneOptions& opt
   float* relevance = image.scratch.take<float>(n, 1.0f);
   const uint8_t* bad_aligned = nullptr;
   if (shared) {
-    min_max(image.rows, n, relevance);
+    min_max(image.rows, n, relevance, options.floor);
   } else if (direction != nullptr) {
     const RowTable in_query_space = scan_rows(*input.aligned, direction, image.scratch, parallel);
-    min_max(in_query_space, n, relevance);
+    min_max(in_query_space, n, relevance, options.floor);
     bad_aligned = in_query_space.bad;
   }
 

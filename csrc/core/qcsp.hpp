@@ -144,7 +144,7 @@ inline void rank_tokens(const Image& image, const Relevance& relevance, const ui
     const bool bad = tier[i] == kNoTier || table.bad[i] || !std::isfinite(r);
     tiers[i] = bad ? kNoTier : tier[i];
     usable[i] = bad ? 0.0f : r;
-    largest = std::max(largest, std::fabs(usable[i]));
+    if (table.inverse_norm[i] != 0.0f) largest = std::max(largest, std::fabs(usable[i]));  // a zero row has K_ii = 0
   }
   // Far from 1, relevance is rescaled by a power of two (exact), like the rows: its squares then neither vanish nor
   // overflow.

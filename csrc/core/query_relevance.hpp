@@ -42,8 +42,10 @@ inline void mean_direction(const Query& query, bool negate, float* direction) {
   for (int64_t d = 0; d < width; ++d) direction[d] = static_cast<float>(sum[d] * scale);
 }
 
-// Min-max of the finite tokens' cosines; 0 for bad tokens, 1 for all others where the cosines are constant.
-inline void min_max(const RowTable& table, int64_t count, float* relevance) {
+// Min-max of the finite tokens' cosines, from `floor` to 1; 0 for bad tokens, 1 for all others where the cosines are
+// constant.
+inline void min_max(const RowTable& table, int64_t count, float* relevance, double floor = 0.0) {
+  const float least = static_cast<float>(floor), rise = static_cast<float>(1.0 - floor);
   float low = INFINITY, high = -INFINITY;
   for (int64_t i = 0; i < count; ++i) {
     if (table.bad[i]) continue;
@@ -57,7 +59,7 @@ inline void min_max(const RowTable& table, int64_t count, float* relevance) {
     } else if (!(spread > kConstantSpread)) {
       relevance[i] = 1.0f;
     } else {
-      relevance[i] = (table.cosine[i] - low) / spread;
+      relevance[i] = least + rise * ((table.cosine[i] - low) / spread);
     }
   }
 }

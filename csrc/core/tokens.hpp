@@ -26,9 +26,10 @@ struct TokenView {
   int64_t count = 0, width = 0;
   int64_t row_stride = 0, column_stride = 1;
 
-  // The same rows, `elements` further on in memory.
+  // The same rows, `elements` further on in memory; of no rows there may be no memory.
   TokenView moved(int64_t elements) const {
     TokenView view = *this;
+    if (data == nullptr) return view;
     view.data = static_cast<const char*>(data) + elements * (dtype == DType::kFloat32 ? 4 : 2);
     return view;
   }

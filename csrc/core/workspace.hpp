@@ -36,7 +36,10 @@ class Arena {
       ++current_;
       used_ = 0;
     }
-    if (current_ == blocks_.size()) blocks_.push_back(allocate(std::max(bytes, blocks_.empty() ? settled_ : 0)));
+    if (current_ == blocks_.size()) {
+      blocks_.reserve(current_ + 1);  // first, so that a block once allocated has a place
+      blocks_.push_back(allocate(std::max(bytes, blocks_.empty() ? settled_ : 0)));
+    }
     void* p = blocks_[current_].data + used_;
     used_ += bytes;
     live_ += bytes;

@@ -6,8 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <exception>
+#include <chrono>
 #include <map>
 #include <optional>
 #include <string>
@@ -18,6 +17,7 @@
 #include "core/bipartite_match.hpp"
 #include "core/dpp_map.hpp"
 #include "core/gsp.hpp"
+#include "core/loop_threads.hpp"
 #include "core/mask_intersect.hpp"
 #include "core/prune.hpp"
 #include "core/prune_varlen.hpp"
@@ -41,6 +41,28 @@ std::map<std::string, std::string> build_info() {
       {"torch", SCRIPT_TORCH},
   };
 }
+
+// ---- the GIL ----------------------------------------------------------------------------------------------------
+
+// Lets go of the GIL for as long as it lives. A daemon thread that wants it back when the interpreter is ending is told
+// to end, up to Python 3.13 by unwinding its stack, which a destructor cannot let through (pybind11's would abort the
+// process), and which would let go of arrays without the GIL. So it stays here, as it does from Python 3.14 on.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 // ---- views ------------------------------------------------------------------------------------------------------
 
@@ -75,43 +97,6 @@ cpu::QueryBatch query_of(const py::array& query, const std::optional<Array<bool>
   return batch;
 }
 
-// ---- threads ----------------------------------------------------------------------------------------------------
-
-// Threads that live for one loop; no piece is worth one that would not outlast its start by far (see grain_for). A loop
-// within a piece runs in line. The first exception, by pieces, is thrown when all have ended.
-thread_local bool inside_loop = false;
-
-cpu::Threads threads_of(int64_t limit) {
-  const auto parallel = [limit](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-    const int64_t pieces = inside_loop ? 1 : std::min(limit, (count + grain - 1) / grain);
-    if (pieces <= 1) return cpu::serial(count, grain, body);
-    std::vector<std::exception_ptr> errors(static_cast<size_t>(pieces));
-    const auto run = [&](int64_t piece) {
-      inside_loop = true;
-      try {
-        body(count * piece / pieces, count * (piece + 1) / pieces);
-      } catch (...) {
-        errors[static_cast<size_t>(piece)] = std::current_exception();
-      }
-      inside_loop = false;
-    };
-    std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(pieces - 1));
-    int64_t next = 1;
-    try {
-      for (; next < pieces; ++next) others.emplace_back(run, next);
-    } catch (const std::system_error&) {  // no more threads to be had: this one does the rest
-    }
-    run(0);
-    for (; next < pieces; ++next) run(next);
-    for (std::thread& other : others) other.join();
-    for (const std::exception_ptr& error : errors) {
-      if (error) std::rethrow_exception(error);
-    }
-  };
-  return {limit, parallel};
-}
-
 // ---- ops --------------------------------------------------------------------------------------------------------
 
 Array<float> query_relevance(const py::array& tokens, const py::array& query,
@@ -120,8 +105,8 @@ Array<float> query_relevance(const py::array& tokens, const py::array& query,
   float* relevance = out.mutable_data();
   const cpu::TokenBatch batch = batch_of(tokens);
   const cpu::QueryBatch queries = query_of(query, query_mask);
-  py::gil_scoped_release release;
-  cpu::query_relevance(batch, queries, negate, relevance, threads_of(threads));
+  WithoutGil release;
+  cpu::query_relevance(batch, queries, negate, relevance, cpu::loop_threads(threads));
   return out;
 }
 
@@ -134,8 +119,8 @@ std::tuple<Array<float>, Array<int32_t>, Array<int32_t>, Array<float>, Array<flo
                                 density.mutable_data()};
   const cpu::TokenBatch batch = batch_of(tokens);
   {
-    py::gil_scoped_release release;
-    cpu::bipartite_match(batch, threshold, result, threads_of(threads));
+    WithoutGil release;
+    cpu::bipartite_match(batch, threshold, result, cpu::loop_threads(threads));
   }
   return {best, match, degree, mean, density};
 }
@@ -148,9 +133,9 @@ std::tuple<Array<bool>, Array<float>> gsp(const py::array& tokens, int64_t keep,
   float* redundancy_data = redundancy.mutable_data();
   const cpu::TokenBatch batch = batch_of(tokens);
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     cpu::gsp(batch, keep, cpu::gsp_options(threshold, gamma, min_degree, rounds), mask_data, redundancy_data,
-             threads_of(threads));
+             cpu::loop_threads(threads));
   }
   return {mask, redundancy};
 }
@@ -163,8 +148,8 @@ std::tuple<Array<int64_t>, Array<float>> dpp_map(const Array<float>& kernel, int
   const cpu::KernelView first{kernel.data(), kernel.shape(1), kernel.strides(1) / size, kernel.strides(2) / size};
   const int64_t image_stride = kernel.strides(0) / size;
   {
-    py::gil_scoped_release release;
-    cpu::dpp_map(first, image_stride, batch, k, picks, threads_of(threads));
+    WithoutGil release;
+    cpu::dpp_map(first, image_stride, batch, k, picks, cpu::loop_threads(threads));
   }
   return {indices, gains};
 }
@@ -177,8 +162,8 @@ std::tuple<Array<int64_t>, Array<float>> qcsp(const py::array& tokens, const Arr
   const cpu::TokenBatch batch = batch_of(tokens);
   const cpu::ValueBatch<float> values = values_of(relevance);
   {
-    py::gil_scoped_release release;
-    cpu::qcsp(batch, values, k, picks, threads_of(threads));
+    WithoutGil release;
+    cpu::qcsp(batch, values, k, picks, cpu::loop_threads(threads));
   }
   return {indices, gains};
 }
@@ -189,17 +174,18 @@ Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& 
   int64_t* kept = out.mutable_data();
   const cpu::ValueBatch<int64_t> rankings = values_of(ranking);
   const cpu::ValueBatch<cpu::Truth> masks = truths_of(mask);
-  py::gil_scoped_release release;
-  cpu::mask_intersect(rankings, length, masks, n, batch, k, kept, threads_of(threads));
+  WithoutGil release;
+  cpu::mask_intersect(rankings, length, masks, n, batch, k, kept, cpu::loop_threads(threads));
   return out;
 }
 
-// (negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds)
-using PruneTuple = std::tuple<bool, double, double, std::string, double, double, int64_t, int64_t>;
+// (negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor)
+using PruneTuple = std::tuple<bool, double, double, std::string, double, double, int64_t, int64_t, double>;
 
 cpu::PruneOptions options_of(const PruneTuple& given) {
-  const auto& [negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds] = given;
-  return {negate, gsp_drop, oversample, combine == "restrict", cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  const auto& [negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor] = given;
+  const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
+  return {negate, gsp_drop, oversample, combine == "restrict", floor, graph};
 }
 
 Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& query, int64_t keep,
@@ -210,8 +196,8 @@ Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& qu
   cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
-  py::gil_scoped_release release;
-  cpu::prune(batch, keep, options_of(options), kept, threads_of(threads));
+  WithoutGil release;
+  cpu::prune(batch, keep, options_of(options), kept, cpu::loop_threads(threads));
   return out;
 }
 
@@ -225,8 +211,8 @@ Array<int64_t> prune_varlen(const py::array& tokens, const std::vector<int64_t>&
   cpu::PackedPrune packed{rows_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) packed.query = query_of(*query, std::nullopt);
   if (aligned.has_value()) packed.aligned = rows_of(*aligned);
-  py::gil_scoped_release release;
-  cpu::prune_varlen(packed, starts, keep, options_of(options), kept, threads_of(threads));
+  WithoutGil release;
+  cpu::prune_varlen(packed, starts, keep, options_of(options), kept, cpu::loop_threads(threads));
   return out;
 }
 

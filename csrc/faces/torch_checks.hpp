@@ -157,11 +157,12 @@ inline void check_gsp_parameters(double threshold, double gamma, int64_t min_deg
 }
 
 // What `prune` and `prune_varlen` share.
-inline void check_prune_parameters(double gsp_drop, double oversample, const std::string& combine) {
+inline void check_prune_parameters(double gsp_drop, double oversample, const std::string& combine, double floor) {
   SCRIPT_CHECK(0.0 <= gsp_drop && gsp_drop < 1.0, "gsp_drop", "0 <= gsp_drop < 1", gsp_drop);
   SCRIPT_CHECK(std::isfinite(oversample) && oversample >= 1.0, "oversample", "a finite number >= 1", oversample);
   SCRIPT_CHECK(combine == "intersect" || combine == "restrict", "combine", "'intersect' or 'restrict'", "'", combine,
                "'");
+  SCRIPT_CHECK(0.0 <= floor && floor <= 1.0, "floor", "0 <= floor <= 1", floor);
 }
 
 inline void check_reachable(int64_t n, int64_t keep, int64_t rounds, const std::string& asked) {
@@ -226,7 +227,7 @@ inline void check_mask_intersect(const Tensor& ranking, const Tensor& mask, int6
 inline void check_prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
                         const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, double gsp_drop,
                         double oversample, const std::string& combine, double threshold, double gamma,
-                        int64_t min_degree, int64_t rounds) {
+                        int64_t min_degree, int64_t rounds, double floor) {
   check_tokens(tokens);
   const int64_t batch = tokens.size(0), n = tokens.size(1);
   check_count(keep, "keep", n, "N");
@@ -239,7 +240,7 @@ inline void check_prune(const Tensor& tokens, const std::optional<Tensor>& query
     }
     check_query(*query, query_mask, batch, tokens, aligned.has_value() ? aligned->size(2) : tokens.size(2));
   }
-  check_prune_parameters(gsp_drop, oversample, combine);
+  check_prune_parameters(gsp_drop, oversample, combine, floor);
   check_gsp_parameters(threshold, gamma, min_degree, rounds);
   check_drop_reachable(n, gsp_drop, rounds);
 }
@@ -248,7 +249,7 @@ inline void check_prune(const Tensor& tokens, const std::optional<Tensor>& query
 inline void check_prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::optional<Tensor>& query,
                                const std::vector<int64_t>& keep, const std::optional<Tensor>& aligned, double gsp_drop,
                                double oversample, const std::string& combine, double threshold, double gamma,
-                               int64_t min_degree, int64_t rounds) {
+                               int64_t min_degree, int64_t rounds, double floor) {
   SCRIPT_CHECK(tokens.dim() == 2 && tokens.size(1) >= 1, "tokens", "shape (T, D) with D >= 1", shape_text(tokens));
   check_floating(tokens, "tokens");
   SCRIPT_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens", "shape (S + 1,)",
@@ -267,7 +268,7 @@ inline void check_prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, c
     }
     check_query(*query, std::nullopt, segments, tokens, aligned.has_value() ? aligned->size(1) : tokens.size(1));
   }
-  check_prune_parameters(gsp_drop, oversample, combine);
+  check_prune_parameters(gsp_drop, oversample, combine, floor);
   check_gsp_parameters(threshold, gamma, min_degree, rounds);
 }
 

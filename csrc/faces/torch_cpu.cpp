@@ -181,17 +181,17 @@ Tensor mask_intersect(const Tensor& ranking, const Tensor& mask, int64_t k) {
 Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
              const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, bool negate,
              double gsp_drop, double oversample, StringHandle combine_handle, double threshold, double gamma,
-             int64_t min_degree, int64_t rounds) {
+             int64_t min_degree, int64_t rounds, double floor) {
   const OwnedString owned(combine_handle);
   const std::string combine = owned.text();
   check_prune(tokens, query, keep, aligned, query_mask, gsp_drop, oversample, combine, threshold, gamma, min_degree,
-              rounds);
+              rounds, floor);
   Tensor out = empty({tokens.size(0), keep}, ScalarType::Long);
   cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
-  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict",
-                                  cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
+  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor, graph};
   cpu::prune(batch, keep, options, out.mutable_data_ptr<int64_t>(), threads());
   return out;
 }
@@ -199,11 +199,11 @@ Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t k
 Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::optional<Tensor>& query,
                     std::vector<int64_t> keep, const std::optional<Tensor>& aligned, bool negate, double gsp_drop,
                     double oversample, StringHandle combine_handle, double threshold, double gamma, int64_t min_degree,
-                    int64_t rounds) {
+                    int64_t rounds, double floor) {
   const OwnedString owned(combine_handle);
   const std::string combine = owned.text();
   check_prune_varlen(tokens, cu_seqlens, query, keep, aligned, gsp_drop, oversample, combine, threshold, gamma,
-                     min_degree, rounds);
+                     min_degree, rounds, floor);
   const std::vector<int64_t> starts = check_segments(cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.stride(0),
                                                      tokens.size(0), keep, gsp_drop, rounds);
   int64_t total = 0;
@@ -212,8 +212,8 @@ Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::o
   cpu::PackedPrune packed{rows_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) packed.query = query_of(*query, std::nullopt);
   if (aligned.has_value()) packed.aligned = rows_of(*aligned);
-  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict",
-                                  cpu::gsp_options(threshold, gamma, min_degree, rounds)};
+  const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
+  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor, graph};
   cpu::prune_varlen(packed, starts, keep, options, out.mutable_data_ptr<int64_t>(), threads());
   return out;
 }

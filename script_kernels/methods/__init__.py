@@ -12,7 +12,7 @@ which keep every destination of a round, and by `released_script`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ from .diverse import divprune, mmr
 from .dpp import cdpruner, dpp, otprune, resprune, script
 from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
 
-__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select"]
+__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select", "settled"]
 
 Method = Callable[..., torch.Tensor]
 
@@ -75,6 +75,30 @@ def options_of(method: str | Method) -> dict[str, Any]:
     # These two hand theirs on to the ops.
     handed = {METHODS["gsp"]: GspOptions(), METHODS["script"]: PruneOptions()}.get(chosen)
     return {"negate": False, **({} if handed is None else asdict(handed)), **own}
+
+
+# What the integrations have "script" do with the words of a question, as far as nothing is said of it: by the rule of
+# docs/judge.md. The ops' own defaults are the paper's, which lose more answers than no question at all.
+ASKED: dict[tuple[str, ...], dict[str, Any]] = {
+    ("floor", "mix", "power"): {"floor": 0.3},
+    ("combine", "gsp_drop", "oversample", "rounds", "survivors"): {"combine": "restrict", "survivors": 2.0},
+}
+
+
+def settled(
+    method: str | Method, options: Mapping[str, Any], reduce: str | None, asked: bool
+) -> tuple[dict[str, Any], str]:
+    """The options and the reduction of a relevance that an integration uses, where its user left some of them open.
+
+    asked: whether there is a question. Without one, and for other methods, open ones are the method's own.
+    """
+    found = dict(options)
+    if method != "script" or not asked:
+        return found, reduce or "mean"
+    for names, chosen in ASKED.items():
+        if not set(names) & set(options):
+            found |= chosen
+    return found, reduce or "max"
 
 
 def select(

@@ -14,6 +14,7 @@ from .. import dpp_map, gsp, mask_intersect, qcsp
 from ..options import PruneOptions, rounds_needed
 from ._common import check, finite, number, ones, unit
 
+FEWEST = 16  # GSP stops at one token in so many, which takes it some 15 rounds; one in 500 would take 200
 COMBINE = ("intersect", "restrict", "union")
 
 
@@ -61,6 +62,7 @@ def script(
     negate: bool = False,
     ridge: float = 0.0,
     combine: str = "intersect",
+    survivors: float | None = None,
     **options: Any,
 ) -> Tensor:
     """Script (arXiv 2512.01949): QCSP's ranking and GSP's survivors, joined by `combine`.
@@ -68,6 +70,9 @@ def script(
     intersect: the first `keep` of a ranking of `oversample * keep` that GSP kept, filled up from its rest. restrict:
     QCSP on the survivors alone, of which there must be `keep`. union: half of the budget to the tokens that GSP, run
     down to that half, keeps; the other half, and what both would take, to QCSP's order.
+
+    `survivors` stands in for `gsp_drop` and `rounds`, except in a union: GSP goes on, in as many rounds as it takes,
+    until that many times `keep` tokens are left, or one in `FEWEST`.
     """
     check(tokens, relevance, keep)
     if combine not in COMBINE:
@@ -86,14 +91,18 @@ def script(
         place = torch.arange(keep, device=tokens.device).expand_as(order)
         key = (first * N).scatter(1, order, torch.where(mask.gather(1, order), 0, N + place))
         return key.argsort(dim=1, stable=True)[:, :keep].sort(1).values
-    given.check_drop(N)
-    mask, _ = gsp(tokens, given.gsp_keep(N), rounds=given.rounds, **graph)
+    if survivors is None:
+        given.check_drop(N)
+        left, rounds = given.gsp_keep(N), given.rounds
+    else:
+        left = min(N, max(math.ceil(number(survivors, "survivors", 1.0) * keep), -(-N // FEWEST)))
+        rounds = max(given.rounds, rounds_needed(N, left))
+    mask, _ = gsp(tokens, left, rounds=rounds, **graph)
     if combine == "intersect":
         return mask_intersect(ranked(rows, r, given.ranked(N, keep), ridge), mask, keep)
-    survivors = given.gsp_keep(N)
-    if survivors < keep:
-        raise ValueError(f"keep: expected keep <= {survivors}, which gsp_drop leaves to 'restrict', got {keep}")
-    where = mask.nonzero()[:, 1].view(-1, survivors)
+    if left < keep:
+        raise ValueError(f"keep: expected keep <= {left}, which gsp_drop leaves to 'restrict', got {keep}")
+    where = (~mask).byte().argsort(dim=1, stable=True)[:, :left]  # unlike nonzero, without waiting for a GPU
     picks = ranked(rows.gather(1, where[..., None].expand(-1, -1, rows.shape[2])), r.gather(1, where), keep, ridge)
     return where.gather(1, picks).sort(1).values
 

@@ -16,6 +16,7 @@ from .families import ALONG, family_of, token_id, unwrap
 from .layouts import MODALITIES
 from .prune import has_pixels, prune_inputs
 from .query import text_query
+from .select import explicit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,9 +148,8 @@ class _Comparison:
             query=self.query if candidate.query else None,
             method=candidate.method,
             reduce=candidate.reduce,
-            negate=candidate.negate,
             **self.arguments,
-            **candidate.options,
+            **explicit(candidate),
         )
         if pruned.stats.visual_after == pruned.stats.visual_before:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,15 @@ def encode(
         return out
 
     unpadded = ids.masked_fill(mask == 0, -1)
-    visuals, outputs = family.adapter(model, host, unpadded, run)
+    try:
+        visuals, outputs = family.adapter(model, host, unpadded, run)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or re.match(r"[\w.\[\] ]+: expected ", str(error)):
+            raise
+        # Pixels and sizes that disagree end somewhere in the model's own encoder, in words that name neither.
+        given = [name for name in inputs if name in family.pixels.values() or name.endswith(("_grid_thw", "_sizes"))]
+        encoder = f"the vision encoder of {type(model).__name__}"
+        raise ValueError(f"{', '.join(given)}: expected what {encoder} takes, got an error: {error}") from error
     for modality in outputs:
         placeholder = token_id(model, modality)
         if placeholder is None:

@@ -280,7 +280,7 @@ def prune_inputs(
     min_tokens: int = 1,
     newlines: str = "drop",
     method: str | methods.Method = "script",
-    reduce: str = "mean",
+    reduce: str | None = None,
     calibration: str | os.PathLike[str] | Calibration | None = None,
     **options: Any,
 ) -> PrunedInputs:
@@ -307,12 +307,15 @@ def prune_inputs(
         newlines: the `image_newline` rows of an image that lost tokens: "drop" all of them, or keep those of "lines"
             that still hold a token, on top of the budget. An image that stays whole keeps them.
         method: a name from `script_kernels.methods`, or a callable `(tokens (1, N, D), relevance (1, N) or None, keep,
-            **options) -> (1, keep)`, whose result is checked. All but "script" as it is called once for each unit.
-        reduce: relevance by the "mean" cosine of a token to the query's vectors, or by the largest ("max").
+            **options) -> (1, keep)`, which is called once for each unit and whose result is checked.
+        reduce: relevance by the "mean" cosine of a token to the query's vectors, or by the largest ("max"). None: "max"
+            for "script", else "mean".
         calibration: what a calibration found, or the file it is in: sets method, reduce and options, whether there is a
             query, and keep if neither keep nor keep_ratio is given.
         options: `negate`, and those of the method; of "script" `gsp_drop`, `oversample`, `combine`, `threshold`,
-            `gamma`, `min_degree`, `rounds` of `script_kernels.prune`, and what docs/methods.md lists.
+            `gamma`, `min_degree`, `rounds`, `floor` of `script_kernels.prune`, and what docs/methods.md lists. With a
+            query "script" has `floor=0.3` unless it, `mix` or `power` is given, and `combine="restrict", survivors=2.0`
+            unless one of these, `gsp_drop`, `oversample` or `rounds` is. Without a query it is `script_kernels.prune`.
 
     Returns:
         A `PrunedInputs`. For mRoPE models `rope_deltas` of the model is set too, as its own prefill would do.
@@ -326,7 +329,7 @@ def prune_inputs(
     family = family_of(model)
     device = clock_of(model)
     start = mark(device)
-    if calibration is not None and (options or method != "script" or reduce != "mean"):
+    if calibration is not None and (options or method != "script" or reduce is not None):
         raise ValueError("calibration: expected no method, reduce or options with it, as it sets them, got both")
     chosen = settings(calibration, keep, keep_ratio, query)
     query = chosen.pop("query")

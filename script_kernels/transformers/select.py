@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from script_kernels import methods, prune, prune_varlen
-from script_kernels.calibrate import Calibration
+from script_kernels.calibrate import Calibration, Candidate
 
 from .device import send
 from .layouts import Visual
 
-OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds")
+OPTIONS = ("negate", "gsp_drop", "oversample", "combine", "threshold", "gamma", "min_degree", "rounds", "floor")
 UNITS = ("image", "tile", "request")
 
 
@@ -33,7 +33,7 @@ class Budget:
     newlines: str = "drop"
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str | methods.Method = "script"
-    reduce: str = "mean"
+    reduce: str | None = None
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.keep_ratio is None):
@@ -52,7 +52,7 @@ class Budget:
             raise ValueError(f"per: expected one of {', '.join(UNITS)}, got {self.per!r}")
         if self.newlines not in ("drop", "lines"):
             raise ValueError(f"newlines: expected 'drop' or 'lines', got {self.newlines!r}")
-        if self.reduce not in ("mean", "max"):
+        if self.reduce not in (None, "mean", "max"):
             raise ValueError(f"reduce: expected 'mean' or 'max', got {self.reduce!r}")
         chosen = methods.get(self.method)
         if isinstance(self.method, str):
@@ -61,10 +61,19 @@ class Budget:
             if unknown:
                 raise TypeError(f"options: expected some of {', '.join(known)}, got {', '.join(unknown)}")
 
+    def settled(self, asked: bool) -> Budget:
+        """With what it leaves open filled in, for a prompt that asks something or does not."""
+        options, reduce = methods.settled(self.method, self.options, self.reduce, asked)
+        if self.method == "script":  # knobs of the method that stand where the op has them need no method
+            still = methods.options_of("script")
+            options = {name: value for name, value in options.items() if name in OPTIONS or value != still[name]}
+        return replace(self, options=options, reduce=reduce)
+
     @property
     def fused(self) -> bool:
         """Whether the op `prune` does it all: its own method, options and relevance."""
-        return self.method == "script" and self.reduce == "mean" and set(self.options) <= set(OPTIONS)
+        own = self.method == "script" and self.reduce == "mean" and set(self.options) <= set(OPTIONS)
+        return own and self.options.get("combine") != "union"
 
     def tokens(self, length: int) -> int:
         """Tokens that stay of a unit of `length`. A unit that has fewer than asked for stays whole."""
@@ -72,6 +81,11 @@ class Budget:
         asked = self.keep if self.keep_ratio is None else math.ceil(self.keep_ratio * length - 1e-9)
         assert asked is not None
         return min(length, max(asked, self.min_tokens))
+
+
+def explicit(candidate: Candidate) -> dict[str, Any]:
+    """All options of a candidate, so that nothing is left open that `Budget.settled` would fill in."""
+    return {**methods.options_of(candidate.method), **candidate.options, "negate": candidate.negate}
 
 
 def settings(
@@ -90,7 +104,7 @@ def settings(
         "query": query if best.query else None,
         "method": best.method,
         "reduce": best.reduce,
-        "options": {**best.options, "negate": best.negate},
+        "options": explicit(best),
     }
 
 
@@ -148,14 +162,19 @@ def _prune_units(
 
 
 def _by_method(tokens: Tensor, lengths: list[int], keeps: list[int], score: Tensor | None, budget: Budget) -> Tensor:
-    """What `_prune_units` gives, unit by unit. `score` has the sign of `negate` already."""
+    """What `_prune_units` gives, by a method of its own. `score` has the sign of `negate` already."""
     options = {name: value for name, value in budget.options.items() if name != "negate"}
+    method = methods.get(budget.method)
+    if isinstance(budget.method, str) and len(set(lengths)) == 1 and len(set(keeps)) == 1:
+        units = tokens.view(len(lengths), lengths[0], -1)
+        kept = method(units, None if score is None else score.view(units.shape[:2]), keeps[0], **options)
+        return (kept + torch.arange(0, len(tokens), lengths[0], device=tokens.device)[:, None]).flatten()
     scores = [None] * len(lengths) if score is None else [s[None] for s in score.split(lengths)]
-    kept, start = [], 0
+    found, start = [], 0
     for part, own, length, keep in zip(tokens.split(lengths), scores, lengths, keeps, strict=True):
-        kept.append(start + methods.select(part[None], own, keep, method=budget.method, **options)[0])
+        found.append(start + methods.select(part[None], own, keep, method=budget.method, **options)[0])
         start += length
-    return _joined(kept)
+    return _joined(found)
 
 
 def _relevance(tokens: Tensor, lengths: list[int], query: Tensor | None, budget: Budget) -> Tensor:
@@ -178,6 +197,7 @@ def _newlines(visual: Visual, kept: Tensor, rule: str) -> Tensor:
 
 def choose(visuals: list[Visual], query: Tensor | None, budget: Budget) -> Choice:
     """Has the device choose among one prompt's visuals; does not wait for it."""
+    budget = budget.settled(query is not None)
     rows, lengths = _units(visuals, budget.per)
     features = _joined([v.features for v in visuals])
     tokens, place = features, None

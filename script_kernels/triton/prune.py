@@ -42,15 +42,15 @@ def prune_layout(
     most = max(keep)
     total = sum(keep) if layout.packed else layout.segments * most
     k = options.ranked(layout.n, most)
-    mean, reach = None, None
-    if query is not None:
-        mean = launch_mean_query(query, query_mask, options.negate, layout.segments)
-        reach = mean.reach
+    mean = None if query is None else launch_mean_query(query, query_mask, options.negate, layout.segments)
+    reach = None if mean is None else mean.reach
     rows = launch_rows(tokens, layout, mean, None if mean is None else aligned, score=True, planes=PLANES)
     # The walk ends once it has met as many of GSP's tokens as are wanted.
     picks = min(k, math.ceil(most * layout.n / options.gsp_keep(layout.n)))
     stages, clear = plan_stages(tokens.device, layout, k, picks=picks)
-    relevance, kernel, own = launch_pairs(tokens, layout, rows, reach=reach, threshold=options.threshold, clear=clear)
+    relevance, kernel, own = launch_pairs(
+        tokens, layout, rows, reach=reach, threshold=options.threshold, floor=options.floor, clear=clear
+    )
     mask, _ = launch_select(tokens, layout, rows, options, options.gsp_keep(layout.n), options.gsp_drop)
 
     restrict = options.combine == "restrict"

@@ -81,11 +81,12 @@ class Rule:
             return
         options = dict(self.options)
         given = {name: value for name, value in options.items() if name in OPTIONS}
-        union = given["combine"] == "union"  # which takes as many rounds as it needs
-        own = PruneOptions(**(given | {"combine": "restrict"} if union else given))
+        # These two take as many rounds as they need, and leave enough.
+        if given["combine"] == "union" or options.get("survivors") is not None:
+            return
+        own = PruneOptions(**given)
         try:
-            if not union:
-                own.check_drop(tokens)
+            own.check_drop(tokens)
             if self.fused is None and given["combine"] == "restrict" and own.gsp_keep(tokens) < keep:
                 raise ValueError(f"combine: expected 'intersect' for {keep} of {tokens} tokens, got 'restrict'")
         except ValueError as error:
@@ -115,7 +116,7 @@ class Settings:
     keep_ratio: float | None = None
     query: str | None = None
     method: str = "script"
-    reduce: str = "mean"
+    reduce: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,7 +129,7 @@ class Settings:
             raise ValueError(f"script_keep_ratio: expected a number in (0, 1], got {ratio!r}")
         if self.query not in (None, "text"):
             raise ValueError(f"script_query: expected 'text' or None, got {self.query!r}")
-        if self.reduce not in ("mean", "max"):
+        if self.reduce not in (None, "mean", "max"):
             raise ValueError(f"script_reduce: expected 'mean' or 'max', got {self.reduce!r}")
         known = method_names()
         if self.method not in known:
@@ -143,14 +144,15 @@ class Settings:
     @property
     def rule(self) -> Rule:
         """What chooses, with defaults filled in, so that two of them are equal where they choose equally."""
-        options = {**defaults_of(self.method), **self.options}
+        given, reduce = settled(self.method, self.options, self.reduce, self.asks)
+        options = {**defaults_of(self.method), **given}
         if self.method == "script":
             # Knobs that stand where the op has them need no method of their own.
             defaults = defaults_of("script")
             knobs = [name for name in options if name not in OPTIONS]
             if all(options[name] == defaults[name] and type(options[name]) is not bool for name in knobs):
                 options = {name: options[name] for name in OPTIONS}
-        return Rule(self.method, self.reduce if self.asks else "mean", tuple(sorted(options.items())))
+        return Rule(self.method, reduce if self.asks else "mean", tuple(sorted(options.items())))
 
     @property
     def asks(self) -> bool:
@@ -215,6 +217,12 @@ class Settings:
         by = "" if self.method == "script" else f"-{self.method}"
         whole = json.dumps([self.keep, self.keep_ratio, self.asks, self.rule.text(), list(query)])
         return f"script-{named}{by}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}-"
+
+
+def settled(method: str, options: Mapping[str, Any], reduce: str | None, asked: bool) -> tuple[dict[str, Any], str]:
+    from .. import methods
+
+    return methods.settled(method, options, reduce, asked)
 
 
 def method_names() -> tuple[str, ...]:

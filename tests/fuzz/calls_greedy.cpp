@@ -1,0 +1,304 @@
+// dpp_map, qcsp, prune and prune_varlen.
+#include "calls_all.hpp"
+#include "core/dpp_map.hpp"
+#include "core/prune.hpp"
+#include "core/prune_varlen.hpp"
+
+namespace fuzz {
+namespace {
+
+// Above this the certificate in double would take most of the time.
+bool small(int64_t n, int64_t k, int64_t width) { return n * (k * k + n * width) <= 1'500'000; }
+
+// ---- dpp_map --------------------------------------------------------------------------------------------------------
+
+class DppMap : public Call {
+ public:
+  explicit DppMap(Bytes& in) : images_(1 + in.byte() / 160), n_(1 + (in.one_in(8) ? in.byte() : in.below(48))) {
+    k_ = 1 + in.byte() * n_ / 256;
+    positive_ = in.one_in(2);
+    if (positive_) {
+      // A Gram matrix of few or many dimensions, in memory of its own.
+      const int64_t width = 1 + in.below(24);
+      kernel_.memory.resize(static_cast<size_t>(images_ * n_ * n_) * sizeof(float));
+      float* out = reinterpret_cast<float*>(kernel_.memory.data());
+      const Matrix rows = matrix(in, cpu::DType::kFloat32, images_, n_, width);
+      const double scale = std::ldexp(1.0, static_cast<int>(in.byte()) / 4 - 32);
+      for (int64_t b = 0; b < images_; ++b) {
+        const Units units(rows, b);
+        for (int64_t i = 0; i < n_; ++i) {
+          for (int64_t j = 0; j < n_; ++j) {
+            const double entry = dot(units.rows[static_cast<size_t>(i)], units.rows[static_cast<size_t>(j)]);
+            out[(b * n_ + i) * n_ + j] = static_cast<float>(scale * entry);
+          }
+        }
+      }
+      kernel_.batch = {{out, cpu::DType::kFloat32, n_, n_, n_, 1}, images_, n_ * n_};
+      if (in.one_in(2)) std::swap(kernel_.batch.first.row_stride, kernel_.batch.first.column_stride);
+    } else {
+      kernel_ = matrix(in, cpu::DType::kFloat32, images_, n_, n_);
+    }
+    output(indices_, images_ * k_);
+    output(gains_, images_ * k_);
+  }
+  void run(const cpu::Threads& threads) override {
+    const cpu::TokenView& v = kernel_.batch.first;
+    const cpu::KernelView first{static_cast<const float*>(v.data), n_, v.row_stride, v.column_stride};
+    cpu::dpp_map(first, kernel_.batch.image_stride, images_, k_, {indices_.data(), gains_.data()}, threads);
+  }
+  void check() const override {
+    for (int64_t b = 0; b < images_; ++b) {
+      const int64_t* picks = indices_.data() + b * k_;
+      const float* gains = gains_.data() + b * k_;
+      require_distinct(picks, k_, n_, b);
+      std::vector<double> diagonal;
+      std::vector<bool> bad;
+      for (int64_t i = 0; i < n_; ++i) {
+        diagonal.push_back(kernel_.at(b, i, i));
+        bad.push_back(!std::isfinite(diagonal.back()));
+      }
+      for (int64_t t = 0; t < k_; ++t) require(gains[t] >= 0.0f && std::isfinite(gains[t]), at("a gain", b, t));
+      require_fallback(diagonal, bad, picks, gains, k_, b);
+      if (!positive_ || !small(n_, k_, 1)) continue;
+      Kernel kernel(static_cast<size_t>(n_));
+      for (int64_t i = 0; i < n_; ++i) {
+        for (int64_t j = 0; j < n_; ++j) kernel[static_cast<size_t>(i)].push_back(kernel_.at(b, i, j));
+      }
+      certify(kernel, std::vector<int>(static_cast<size_t>(n_)), picks, gains, k_, b);
+    }
+  }
+
+ private:
+  int64_t images_, n_, k_ = 0;
+  bool positive_ = false;
+  Matrix kernel_;
+  std::vector<int64_t> indices_;
+  std::vector<float> gains_;
+};
+
+// ---- qcsp -----------------------------------------------------------------------------------------------------------
+
+class Qcsp : public Call {
+ public:
+  explicit Qcsp(Bytes& in) : shape_(in, 1) {
+    k_ = 1 + in.byte() * shape_.count / 256;
+    tokens_ = matrix(in, shape_.dtype, shape_.images, shape_.count, shape_.width);
+    const std::vector<char> bits = elements(in, cpu::DType::kFloat32, shape_.images * shape_.count, shape_.count);
+    relevance_ = values<float>(in, shape_.images, shape_.count, [&](int64_t b, int64_t i) {
+      return static_cast<float>(element(bits.data(), cpu::DType::kFloat32, b * shape_.count + i));
+    });
+    output(indices_, shape_.images * k_);
+    output(gains_, shape_.images * k_);
+  }
+  void run(const cpu::Threads& threads) override {
+    cpu::qcsp(tokens_.batch, relevance_.batch, k_, {indices_.data(), gains_.data()}, threads);
+  }
+  void check() const override {
+    for (int64_t b = 0; b < shape_.images; ++b) {
+      const int64_t* picks = indices_.data() + b * k_;
+      const float* gains = gains_.data() + b * k_;
+      require_distinct(picks, k_, shape_.count, b);
+      const Units units(tokens_, b);
+      std::vector<double> r;
+      std::vector<bool> bad;
+      std::vector<int> tier;
+      double largest = 0.0;
+      for (int64_t i = 0; i < shape_.count; ++i) {
+        const double value = relevance_.at(b, i);
+        bad.push_back(units.bad[static_cast<size_t>(i)] || !std::isfinite(value));
+        r.push_back(bad.back() ? 0.0 : value);
+        tier.push_back(bad.back() ? 2 : 0);
+        if (!units.zero(i)) largest = std::max(largest, r.back() * r.back());
+      }
+      // Where squares of relevance are denormal or less, a gain may be 0 before the rank is reached.
+      if (largest == 0.0 || largest > 1e-30) require_fallback(r, bad, picks, gains, k_, b);
+      if (small(shape_.count, k_, shape_.width)) certify(kernel_of(units, r), tier, picks, gains, k_, b);
+    }
+  }
+
+ private:
+  Shape shape_;
+  int64_t k_;
+  Matrix tokens_;
+  Values<float> relevance_;
+  std::vector<int64_t> indices_;
+  std::vector<float> gains_;
+};
+
+// ---- prune ----------------------------------------------------------------------------------------------------------
+
+cpu::PruneOptions prune_options(Bytes& in) {
+  constexpr double kDrops[] = {0.25, 0.0, 0.5, 0.75, 0.999};
+  constexpr double kOversample[] = {2.0, 1.0, 1.5, 7.0, 1e300};
+  cpu::PruneOptions options;
+  options.negate = in.one_in(2);
+  options.restrict = in.one_in(2);
+  options.gsp_drop = kDrops[in.below(5)];
+  options.oversample = kOversample[in.below(5)];
+  options.gsp = Graph(in).options();
+  return options;
+}
+
+// Whether the rounds get an image of n tokens to what the options drop, which the checks before the op demand.
+void make_reachable(cpu::PruneOptions& options, int64_t n) {
+  if (cpu::rounds_suffice(n, cpu::gsp_keep(n, options.gsp_drop), options.gsp.rounds)) return;
+  options.gsp_drop = 0.0;
+}
+
+// The stages by themselves, each from memory of its own.
+std::vector<int64_t> by_stages(const cpu::PruneInput& input, int64_t keep, const cpu::PruneOptions& options,
+                               int64_t image) {
+  const int64_t n = input.tokens.count;
+  const size_t size = static_cast<size_t>(n);
+  std::vector<float> relevance(size, 1.0f), score(size);
+  if (input.query.has_value()) {
+    const cpu::TokenView& space = input.aligned.has_value() ? *input.aligned : input.tokens;
+    cpu::query_relevance(space, *input.query, options.negate, relevance.data(), cpu::serial);
+    std::vector<float> buffer(static_cast<size_t>(space.width));
+    for (int64_t i = 0; i < n; ++i) {
+      const float* row = space.row(i, buffer.data());
+      const bool finite = std::all_of(row, row + space.width, [](float x) { return std::isfinite(x); });
+      if (!finite) relevance[static_cast<size_t>(i)] = NAN;
+    }
+  }
+  std::vector<uint8_t> survives(size, 1);
+  const int64_t survivors = cpu::gsp_keep(n, options.gsp_drop);
+  if (survivors < n) cpu::gsp(input.tokens, survivors, options.gsp, survives.data(), score.data(), cpu::serial);
+  const int64_t ranked = options.ranked(n, keep);
+  std::vector<int64_t> picks(static_cast<size_t>(ranked)), kept(static_cast<size_t>(keep));
+  std::vector<float> gains(static_cast<size_t>(ranked));
+  if (!options.restrict) {
+    cpu::qcsp(input.tokens, {relevance.data()}, ranked, {picks.data(), gains.data()}, cpu::serial);
+    cpu::mask_intersect(picks.data(), 1, ranked, survives.data(), 1, keep, kept.data());
+    return kept;
+  }
+  const cpu::Parallel alone = cpu::serial;
+  const cpu::Image scanned(input.tokens, alone);
+  std::vector<uint8_t> tier(size);
+  std::vector<int> exact_tier(size);
+  for (size_t i = 0; i < size; ++i) {
+    tier[i] = !std::isfinite(relevance[i]) ? cpu::kNoTier : survives[i] ? 0 : 1;
+    exact_tier[i] = tier[i] == cpu::kNoTier || scanned.rows.bad[i] ? 2 : tier[i];
+  }
+  cpu::rank_tokens(scanned, {relevance.data()}, tier.data(), keep, {picks.data(), gains.data()});
+  for (int64_t t = 1; t < keep; ++t) {
+    const int before = exact_tier[static_cast<size_t>(picks[static_cast<size_t>(t - 1)])];
+    require(before <= exact_tier[static_cast<size_t>(picks[static_cast<size_t>(t)])], at("tiers in turn", image, t));
+  }
+  std::sort(picks.begin(), picks.end());
+  return picks;
+}
+
+void require_kept(const int64_t* kept, int64_t keep, int64_t n, const std::vector<int64_t>& expected, int64_t image) {
+  require_distinct(kept, keep, n, image);
+  require(std::is_sorted(kept, kept + keep), at("ascending indices", image, 0));
+  require(std::equal(expected.begin(), expected.end(), kept), at("what the stages give by themselves", image, 0));
+}
+
+class Prune : public Call {
+ public:
+  explicit Prune(Bytes& in) : shape_(in, 1), options_(prune_options(in)) {
+    make_reachable(options_, shape_.count);
+    keep_ = 1 + in.byte() * shape_.count / 256;
+    const int64_t with = in.below(4);  // a query, and tokens in its space
+    tokens_ = matrix(in, shape_.dtype, shape_.images, shape_.count, shape_.width);
+    batch_.tokens = tokens_.batch;
+    int64_t space = shape_.width;
+    if (with >= 2) {
+      space = 1 + in.below(12);
+      aligned_ = matrix(in, shape_.dtype, shape_.images, shape_.count, space);
+      batch_.aligned = aligned_.batch;
+    }
+    if (with % 2 == 1) {
+      query_ = std::make_unique<QueryInput>(in, shape_.dtype, shape_.images, space);
+      batch_.query = query_->batch();
+    }
+    output(kept_, shape_.images * keep_);
+  }
+  void run(const cpu::Threads& threads) override { cpu::prune(batch_, keep_, options_, kept_.data(), threads); }
+  void check() const override {
+    for (int64_t b = 0; b < shape_.images; ++b) {
+      cpu::PruneInput input{batch_.tokens[b], std::nullopt, std::nullopt};
+      if (batch_.aligned.has_value()) input.aligned = (*batch_.aligned)[b];
+      if (batch_.query.has_value()) input.query = (*batch_.query)[b];
+      require_kept(kept_.data() + b * keep_, keep_, shape_.count, by_stages(input, keep_, options_, b), b);
+    }
+  }
+
+ private:
+  Shape shape_;
+  cpu::PruneOptions options_;
+  int64_t keep_ = 0;
+  Matrix tokens_, aligned_;
+  std::unique_ptr<QueryInput> query_;
+  cpu::PruneBatch batch_;
+  std::vector<int64_t> kept_;
+};
+
+class PruneVarlen : public Call {
+ public:
+  explicit PruneVarlen(Bytes& in) : options_(prune_options(in)), starts_{0} {
+    const auto dtype = static_cast<cpu::DType>(in.below(3));
+    const int64_t segments = in.below(5), width = 1 + in.below(20), with = in.below(4);
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t length = in.one_in(4) ? in.byte() : in.below(24);
+      make_reachable(options_, length);
+      starts_.push_back(starts_.back() + length);
+      keep_.push_back(length == 0 ? 0 : 1 + in.byte() * length / 256);
+    }
+    int64_t space = width, total = 0;
+    tokens_ = matrix(in, dtype, 1, starts_.back(), width);
+    packed_.tokens = tokens_.batch.first;
+    if (with >= 2) {
+      space = 1 + in.below(12);
+      aligned_ = matrix(in, dtype, 1, starts_.back(), space);
+      packed_.aligned = aligned_.batch.first;
+    }
+    if (with % 2 == 1) {
+      query_ = std::make_unique<QueryInput>(in, dtype, segments, space);
+      packed_.query = query_->batch();
+    }
+    for (const int64_t k : keep_) total += k;
+    output(kept_, total);
+  }
+  void run(const cpu::Threads& threads) override {
+    cpu::prune_varlen(packed_, starts_, keep_, options_, kept_.data(), threads);
+  }
+  void check() const override {
+    const int64_t* kept = kept_.data();
+    for (size_t s = 0; s < keep_.size(); ++s) {
+      const int64_t begin = starts_[s], end = starts_[s + 1], image = static_cast<int64_t>(s);
+      if (begin == end) continue;
+      cpu::PruneInput input{packed_.tokens.rows(begin, end), std::nullopt, std::nullopt};
+      if (packed_.aligned.has_value()) input.aligned = packed_.aligned->rows(begin, end);
+      if (packed_.query.has_value()) input.query = (*packed_.query)[image];
+      std::vector<int64_t> own(kept, kept + keep_[s]);
+      for (int64_t& i : own) i -= begin;
+      require_kept(own.data(), keep_[s], end - begin, by_stages(input, keep_[s], options_, image), image);
+      kept += keep_[s];
+    }
+  }
+
+ private:
+  cpu::PruneOptions options_;
+  std::vector<int64_t> starts_, keep_;
+  Matrix tokens_, aligned_;
+  std::unique_ptr<QueryInput> query_;
+  cpu::PackedPrune packed_;
+  std::vector<int64_t> kept_;
+};
+
+}  // namespace
+
+std::unique_ptr<Call> make_greedy_call(size_t op, Bytes& in) {
+  if (op == 3) return std::make_unique<DppMap>(in);
+  if (op == 4) return std::make_unique<Qcsp>(in);
+  if (op == 6) return std::make_unique<Prune>(in);
+  return std::make_unique<PruneVarlen>(in);
+}
+
+std::unique_ptr<Call> make_call(size_t op, Bytes& in) {
+  return op == 3 || op == 4 || op >= 6 ? make_greedy_call(op, in) : make_match_call(op, in);
+}
+
+}  // namespace fuzz

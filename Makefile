@@ -9,6 +9,7 @@
 #   make tsan      the CPU cores' threads under ThreadSanitizer  (TSAN_INPUTS=10000 of each op, on 2 and on 8 threads)
 #   make soak      a million calls of prune         (SOAK_ARGS="--calls 1000000"): bytes a call, latency
 #   make differential  20,000 examples of the ops against the float64 oracle, over all SIMD levels
+#   make gpu-proof the Triton kernels without a GPU: their PTX interpreted, in orders drawn at random (minutes)
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
@@ -49,7 +50,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests examples tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-vllm test-ray test-lmms fuzz tsan soak differential lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm test-ray test-lmms fuzz tsan soak differential gpu-proof lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -135,6 +136,10 @@ differential: setup
 test-lmms: setup
 	$(PY) tests/lmms/environment.py .venv-lmms
 	.venv-lmms/bin/python -m pytest --rootdir tests/lmms -c tests/lmms/pytest.ini tests/lmms
+
+# In a process where Triton compiles; tests/test_ptx.py runs a part of it.
+gpu-proof: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -c tests/ptx/pytest.ini --rootdir tests/ptx --confcutdir tests/ptx $(PYTEST_ARGS) tests/ptx
 
 lint: setup
 	$(PY) -m ruff check $(PY_PATHS)

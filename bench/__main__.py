@@ -1,9 +1,9 @@
-"""python -m bench [run | compare | prefill | released | figure | serve]; without a command: run. Each has --help."""
+"""python -m bench [run | compare | prefill | released | figure | serve | model]; without one: run. Each has --help."""
 
 import importlib
 import sys
 
-COMMANDS = ("run", "compare", "prefill", "released", "figure", "serve")
+COMMANDS = ("run", "compare", "prefill", "released", "figure", "serve", "model")
 
 if __name__ == "__main__":
     command, arguments = (

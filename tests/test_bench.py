@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from bench import baselines, cases, gates, report, run, targets, timing
+from bench import baselines, cases, gates, model, report, run, targets, timing
 from bench.cases import DTYPES, OPS, QUICK_ROWS, ROWS, Inputs, Row, make_case
 from script_kernels import reference, testing
 
@@ -302,3 +302,18 @@ def test_csv_keeps_every_digit(tmp_path: pathlib.Path) -> None:
 def test_every_dtype_and_row_parses() -> None:
     assert [Row.parse(row.name) for row in ROWS] == list(ROWS)
     assert all(torch.empty(0, dtype=dtype).is_floating_point() for dtype in DTYPES.values())
+
+
+def test_model_of_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its table is the one in the documentation, and none of its figures is said to be measured."""
+    assert model.main([]) == 0
+    table = capsys.readouterr().out.strip()
+    assert table in (ROOT / "docs" / "gpu.md").read_text()
+    assert all(line.endswith("|  |") for line in table.splitlines()[2:])
+    for make, *sizes in model.ROWS.values():
+        assert all(0 < step.total < 0.01 for step in make(*sizes))
+    # More picks, more tokens and more images than fit side by side take longer
+    one = sum(step.total for step in model.dpp_map(1, 576, 64))
+    assert one < sum(step.total for step in model.dpp_map(1, 576, 128))
+    assert one < sum(step.total for step in model.dpp_map(1, 2880, 320))
+    assert one < sum(step.total for step in model.dpp_map(200, 576, 64))

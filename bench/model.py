@@ -1,0 +1,167 @@
+"""python -m bench model: what the Triton kernels should take on an H100, from what they fetch, wait for and issue.
+
+A model, not a measurement: the figures of the hardware are published or taken from microbenchmarks of others, those of
+the greedy steps (instructions of a chunk of rows) are counted in machine code by `tests/test_targets.py`. What it is
+good for is the comparison of two designs, and the order of what to look at first.
+"""
+
+import argparse
+import dataclasses
+import math
+
+from bench.targets import MICROSECONDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """An H100 SXM: NVIDIA's data sheet; latencies from microbenchmarks of Hopper (Luo et al. 2024), rounded."""
+
+    processors: int = 132
+    clock: float = 1.755e9  # Hz
+    issue: int = 4  # warp instructions a cycle and processor
+    memory: float = 3.35e12 * 0.85  # bytes/s that a kernel reaches
+    l2: float = 5.5e12
+    tensor: float = 989e12 * 0.6  # bf16 flop/s that tiles of 64 x 64 reach
+    l2_trip: float = 0.16e-6  # s, a load that L2 answers
+    memory_trip: float = 0.45e-6
+    launch: float = 1.5e-6  # from one kernel of a graph to the next
+    barrier: float = 0.03e-6  # of a block
+    dependent: float = 5.0  # cycles from one instruction to the next that needs it
+
+
+H100 = Gpu()
+
+# Columns of a program -> warps, rows of C in a chunk, instructions a warp issues for a chunk of whole rows (sm_90).
+CHUNKS = {64: (2, 16, 251), 256: (4, 16, 271), 1024: (8, 12, 206), 2048: (16, 4, 79)}
+STEP_INSTRUCTIONS = 420  # per warp and pick, outside of the chunks
+STEP_BARRIERS = 5  # reductions of the keys, the row of C handed on
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One launch: us spent on bandwidth or arithmetic, on instructions, on waiting for memory."""
+
+    name: str
+    work: float
+    instructions: float
+    waiting: float
+
+    @property
+    def total(self) -> float:
+        return H100.launch + max(self.work, self.instructions) + self.waiting
+
+
+def greedy(columns: int, slots: int, images: int, n: int, picks: int) -> Step:
+    """The picks of one image; images run side by side."""
+    warps, chunk, instructions = CHUNKS[columns]
+    shared = slots > 1
+    rounds = math.ceil(images * slots / H100.processors) if not shared else 1
+    per_chunk = instructions * max(warps / H100.issue, 1.0) / H100.clock
+    issued = waited = fetched = 0.0
+    for m in range(picks):
+        chunks = math.ceil(m / chunk)
+        issued += chunks * per_chunk + STEP_INSTRUCTIONS * max(warps / H100.issue, 1.0) / H100.clock
+        # A chunk's loads come back together; L[j] and its cosine before them, and the chain of one column
+        waited += (1 + chunks) * H100.l2_trip + chunk * H100.dependent / H100.clock + STEP_BARRIERS * H100.barrier
+        if shared:  # the fence until the row is in L2, the exchange, the poll that sees it
+            waited += 3 * H100.l2_trip
+        fetched += 4 * (m + 1) * n * images
+    return Step("greedy", fetched / H100.l2, rounds * issued, rounds * waited)
+
+
+def pairs(images: int, n: int, width: int) -> Step:
+    tiles = images * math.ceil(n / 64) * (math.ceil(n / 64) + 1) // 2
+    waves = math.ceil(tiles / H100.processors)
+    flop = waves * H100.processors * 64 * 64 * width * 2
+    moved = tiles * 2 * 64 * width * 2 / H100.l2 + images * n * n * 4 / H100.memory
+    return Step(
+        "pairs", max(flop / H100.tensor, moved), 0.0, waves * (width / 64 / 3) * H100.l2_trip + H100.memory_trip
+    )
+
+
+def rows(images: int, n: int, width: int) -> Step:
+    return Step("rows", images * n * width * 2 / H100.memory, 0.0, 2 * H100.memory_trip)
+
+
+def small(name: str, trips: int) -> Step:
+    """A launch that does little but fetch one thing after the other."""
+    return Step(name, 0.0, 0.0, trips * H100.l2_trip)
+
+
+def plan(images: int, n: int, picks: int) -> tuple[int, int]:
+    """Columns and programs of an image, as the dispatch chooses on this GPU."""
+    import torch
+
+    from script_kernels.triton.kernels.layout import Layout
+    from script_kernels.triton.kernels.plan import plan_greedy
+
+    found = plan_greedy(torch.device("meta"), Layout(images, n), picks, picks=picks)
+    return found.columns, found.slots
+
+
+def dpp_map(images: int, n: int, keep: int) -> list[Step]:
+    return [greedy(*plan(images, n, keep), images, n, keep)]
+
+
+def prune(images: int, n: int, keep: int, width: int = 4096) -> list[Step]:
+    picks = min(2 * keep, math.ceil(keep * n / (n - n // 4)))
+    sources = n / 2 / 512
+    return [
+        small("query", 4 + width // 1024),
+        rows(images, n, width),
+        pairs(images, n, width),
+        small("select", math.ceil(11 * sources) * 2),
+        greedy(*plan(images, n, picks), images, n, picks),
+        small("intersect", 6 + 3 * math.ceil(n / 1024)),
+    ]
+
+
+ROWS = {
+    "dpp_map 576/64 B1": (dpp_map, 1, 576, 64),
+    "dpp_map 576/64 B32": (dpp_map, 32, 576, 64),
+    "dpp_map 2880/320 B1": (dpp_map, 1, 2880, 320),
+    "dpp_map 8192/640 B1": (dpp_map, 1, 8192, 640),
+    "prune 576/64 B1, D 4096 bf16": (prune, 1, 576, 64),
+    "prune 2880/320 B1, D 4096 bf16": (prune, 1, 2880, 320),
+}
+
+
+def wanted(name: str) -> str:
+    """The figure of `bench.targets`, where there is one."""
+    for (op, row, _, _), most in MICROSECONDS.items():
+        if f"{name},".startswith(f"{op} {row.tokens}/{row.keep} B{row.batch},"):
+            return f"{most:,.0f}"
+    return "-"
+
+
+def table() -> str:
+    lines = [
+        "| us, H100, in a graph | model | of it greedy: instructions | of it greedy: waiting | wanted | measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (make, *sizes) in ROWS.items():
+        steps = make(*sizes)
+        walk = next(step for step in steps if step.name == "greedy")
+        cells = (sum(step.total for step in steps), walk.instructions, walk.waiting)
+        lines.append("| " + " | ".join([name, *(f"{cell * 1e6:,.0f}" for cell in cells), wanted(name), ""]) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench model", description="A model of the GPU path; no GPU is used."
+    )
+    parser.add_argument("--steps", action="store_true", help="every launch of every row")
+    options = parser.parse_args(arguments)
+    print(table())
+    if options.steps:
+        for name, (make, *sizes) in ROWS.items():
+            print(f"\n{name}")
+            for step in make(*sizes):
+                parts = (step.total, step.work, step.instructions, step.waiting)
+                print(
+                    "  {:10} {:8.1f} us: work {:.1f}, instructions {:.1f}, waiting {:.1f}".format(
+                        step.name, *(p * 1e6 for p in parts)
+                    )
+                )
+    return 0

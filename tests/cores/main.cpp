@@ -61,7 +61,7 @@ int main(int argc, char** argv) {
 
   const cpu::Query query{{data.data(), dtype, n < 2 ? n : 2, width, width, 1}, nullptr, 0};
   for (const bool restrict : {false, true}) {
-    const cpu::PruneOptions options{false, n > 2 ? 0.5 : 0.0, 2.0, restrict, {0.2f, 1.0f, 4, 2}};
+    const cpu::PruneOptions options{false, n > 2 ? 0.5 : 0.0, 2.0, restrict, 0.3, {0.2f, 1.0f, 4, 2}};
     cpu::prune({tokens, std::nullopt, query}, k, options, picks.data(), cpu::serial);
     write(picks);
   }

@@ -72,14 +72,22 @@ def test_it_tells_of_what_prune_inputs_keeps(family: str) -> None:
         assert torch.equal(found.pruned["input_ids"], pruned["input_ids"])
 
 
-@pytest.mark.parametrize(("query", "negate"), [("text", False), ("text", True), (None, False)])
-def test_the_stages_are_those_of_the_ops_and_lead_to_what_is_kept(query: str | None, negate: bool) -> None:
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [
+        ("text", {"reduce": "mean"}),
+        ("text", {"negate": True}),
+        ("text", {"negate": True, "reduce": "mean"}),
+        (None, {}),
+    ],
+)
+def test_the_stages_are_those_of_the_ops_and_lead_to_what_is_kept(query: str | None, options: dict) -> None:
     model, inputs = make_inputs("llava", PROMPTS["llava"])
     with torch.no_grad():
         features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
-    found = explain(model, inputs, 6, query=query, negate=negate, gsp_drop=0.4, oversample=2.5)
+    found = explain(model, inputs, 6, query=query, gsp_drop=0.4, oversample=2.5, floor=0.3, **options)
     for shown, tokens in zip(found.images, features, strict=True):
-        relevance = torch.ones(1, 36) if query is None else torch.from_numpy(shown.relevance)[None]
+        relevance = torch.ones(1, 36) if query is None else 0.3 + 0.7 * torch.from_numpy(shown.relevance)[None]
         mask, redundancy = script_kernels.gsp(tokens[None], 36 - 14)
         order, gains = script_kernels.qcsp(tokens[None], relevance, 15)
         assert shown.survives.tolist() == mask[0].tolist()

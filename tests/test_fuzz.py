@@ -16,13 +16,15 @@ CORPUS = ROOT / "tests/fuzz/corpus"
 
 
 def run(program: pathlib.Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, **environment},
-    )
+    command = [str(program), *map(str, arguments)]
+
+    def once(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
+
+    done = once(command)
+    if "unexpected memory mapping" in done.stderr:  # older sanitizers, where the kernel spreads addresses further
+        done = once(["setarch", "-R", *command])
+    return done
 
 
 @pytest.mark.parametrize("op", OPS)

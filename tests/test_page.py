@@ -107,8 +107,18 @@ def test_the_policy_stops_a_request_and_the_readout_stays_in_the_window(tmp_path
     save_html(path, [Selection("tall", np.array([0]), (View("tall", np.arange(600).reshape(200, 3)),), 600)])
     with chromium() as page:
         page.open(path)
-        refused = page.value("fetch('https://example.org/').then(() => 'sent', (error) => error.name)")
-        assert refused == "TypeError"
+        for tried, directive in (
+            ("fetch('https://example.org/').catch(() => {})", "connect-src"),
+            ("new Image().src = 'https://example.org/a.png'", "img-src"),
+            ("document.body.append(Object.assign(document.createElement('script'), {src: 'https://example.org/a.js'}))",
+             "script-src-elem"),
+        ):  # fmt: skip
+            refused = page.value(
+                "new Promise((done) => {"
+                "document.addEventListener('securitypolicyviolation', (e) => done(e.effectiveDirective), {once: true});"
+                f"{tried}; setTimeout(() => done('allowed'), 3000); }})"
+            )
+            assert refused == directive
         page.point('rect[data-token="599"]')
         box = page.value("(({right, bottom, left, top}) => [left, top, innerWidth - right, innerHeight - bottom])"
                          "(document.getElementById('readout').getBoundingClientRect())")  # fmt: skip

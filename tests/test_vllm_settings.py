@@ -179,6 +179,7 @@ def test_a_share_that_no_rounds_reach_is_refused_before_the_encoder() -> None:
     with pytest.raises(ValueError, match=r"script_combine: expected 'intersect' for 500 of 576 tokens, got 'restrict'"):
         restricted.placeholders(576)
     assert Settings(keep=500, options={"combine": "restrict"}).placeholders(576) == 500  # the op fills up
+    assert Settings(keep=500, query="text").placeholders(576) == 500  # leaves as many as it takes
     assert Settings(keep=500, options={"combine": "union", "gsp_drop": 0.9}).placeholders(576) == 500
 
 

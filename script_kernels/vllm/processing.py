@@ -86,6 +86,9 @@ class PruningProcessor:
         settings = self.settings.updated(kwargs)
         settings.check_complete(self.info.ctx.model_config.get_multimodal_config().mm_encoder_only)
         query = user_words(inputs.prompt, self.info) if settings.on and settings.asks else ()
+        if settings.asks and not query:
+            settings = replace(settings, query=None)  # the user said nothing; without a query, others share the image
+            settings.check_complete()
         inputs = replace(inputs, hf_processor_mm_kwargs={**without_settings(kwargs), REQUEST: Request(settings, query)})
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         metrics.count_request([order_of(item) for item in result["mm_kwargs"].get("image", ()) if item is not None])

@@ -81,11 +81,12 @@ class Rule:
             return
         options = dict(self.options)
         given = {name: value for name, value in options.items() if name in OPTIONS}
-        union = given["combine"] == "union"  # which takes as many rounds as it needs
-        own = PruneOptions(**(given | {"combine": "restrict"} if union else given))
+        # These two take as many rounds as they need, and leave enough.
+        if given["combine"] == "union" or options.get("survivors") is not None:
+            return
+        own = PruneOptions(**given)
         try:
-            if not union:
-                own.check_drop(tokens)
+            own.check_drop(tokens)
             if self.fused is None and given["combine"] == "restrict" and own.gsp_keep(tokens) < keep:
                 raise ValueError(f"combine: expected 'intersect' for {keep} of {tokens} tokens, got 'restrict'")
         except ValueError as error:

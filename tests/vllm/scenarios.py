@@ -125,8 +125,9 @@ def preempted(family: str, folder: Path) -> dict[str, Any]:
         folder, {"script_keep_ratio": RATIO}, max_model_len=96, num_gpu_blocks_override=4, enable_prefix_caching=False
     )
     watch = engines.Watch(engine)
-    prompts = [(tiny.question(family, 1, i), [tiny.picture(100, 60, seed=i)]) for i in range(2)]
-    prompts.append((tiny.question(family, 0, 2, words=20), []))
+    # Words alone come first: the last to come are the first to give way.
+    prompts: list[tuple[str, list[Any]]] = [(tiny.question(family, 0, 2, words=20), [])]
+    prompts += [(tiny.question(family, 1, i), [tiny.picture(100, 60, seed=i)]) for i in range(2)]
     told: dict[str, Any] = {"alone": [engines.ask(engine, [prompt])[0] for prompt in prompts]}
     watch.clear()
     engines.forget(engine, answers=False, encoded=True)

@@ -17,7 +17,7 @@ MOST = 1.6
 
 @pytest.fixture(scope="module")
 def program() -> pathlib.Path:
-    return build("work", "work", "-O2")
+    return build("count", "count", "-O2")
 
 
 def count(program: pathlib.Path, *arguments: object) -> tuple[int, int]:

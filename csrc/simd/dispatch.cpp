@@ -14,13 +14,6 @@
 
 namespace script::cpu {
 
-extern const SimdOps kOps_baseline;
-#if defined(__x86_64__)
-extern const SimdOps kOps_avx2, kOps_avx512, kOps_avx512_bf16;
-#elif defined(__aarch64__)
-extern const SimdOps kOps_neon_bf16;
-#endif
-
 namespace {
 
 struct Level {

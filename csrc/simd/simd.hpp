@@ -98,6 +98,14 @@ struct SimdOps {
   Taken (*take)(float* residual, const int32_t* ids);
 };
 
+// The levels that are built for this kind of processor.
+extern const SimdOps kOps_baseline;
+#if defined(__x86_64__)
+extern const SimdOps kOps_avx2, kOps_avx512, kOps_avx512_bf16;
+#elif defined(__aarch64__)
+extern const SimdOps kOps_neon_bf16;
+#endif
+
 // The table for this CPU.
 const SimdOps& simd();
 

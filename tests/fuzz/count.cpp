@@ -1,4 +1,4 @@
-// How much work an op does, counted in the inner loops: work OP N WIDTH K ROUNDS KIND prints multiply-adds and the
+// How much work an op does, counted in the inner loops: count OP N WIDTH K ROUNDS KIND prints multiply-adds and the
 // columns that other loops pass over. KIND is what the tokens are: spread, alike (equal rows), or near (rows that
 // differ by rounding errors). WIDTH is ignored by dpp_map, whose kernel is a function of the distance j - i.
 #include <cmath>

@@ -41,6 +41,19 @@ def test_every_unit_of_a_method_gets_its_own_budget():
         assert torch.equal(kept, methods.select(visual.features[None], None, len(kept), method="dpp")[0])
 
 
+def test_units_of_one_size_are_chosen_together_as_each_alone():
+    model, inputs = make_inputs("llava", [[2, *SIZES["llava"], 4]])
+    query = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    together = prune_inputs(model, inputs, 6, query=query).keep_indices
+    visuals, *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
+    assert len(visuals) > 1
+    assert len({len(v.features) for v in visuals}) == 1  # so that one call chooses for all
+    how = {"floor": 0.3, "combine": "restrict", "survivors": 2.0}
+    for visual, kept in zip(visuals, together, strict=True):
+        relevance = methods.relevance_of(visual.features[None], query[None], reduce="max")
+        assert torch.equal(kept, methods.select(visual.features[None], relevance, 6, **how)[0])
+
+
 def test_a_callable_selects_and_is_checked():
     model, inputs = example("llava")
     seen = []

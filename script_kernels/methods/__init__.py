@@ -78,7 +78,7 @@ def options_of(method: str | Method) -> dict[str, Any]:
 
 
 # What the integrations have "script" do with the words of a question, as far as nothing is said of it: by the rule of
-# docs/judge.md. The ops' own defaults are the paper's, which lose more answers than no question at all.
+# docs/judge.md. With the ops' own defaults a relevance by words loses more answers than no question at all.
 ASKED: dict[tuple[str, ...], dict[str, Any]] = {
     ("floor", "mix", "power"): {"floor": 0.3},
     ("combine", "gsp_drop", "oversample", "rounds", "survivors"): {"combine": "restrict", "survivors": 2.0},

@@ -37,20 +37,7 @@ struct Units {
   Rows rows;
   std::vector<bool> bad;
 
-  Units(const Matrix& m, int64_t b, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::vector<double> row(static_cast<size_t>(m.batch.first.width));
-      bool finite = true;
-      for (size_t d = 0; d < row.size(); ++d) {
-        row[d] = m.at(b, i, static_cast<int64_t>(d));
-        finite = finite && std::isfinite(row[d]);
-      }
-      const double norm = finite ? std::sqrt(dot(row, row)) : 0.0;
-      for (double& x : row) x = norm > 0.0 ? x / norm : 0.0;
-      rows.push_back(row);
-      bad.push_back(!finite);
-    }
-  }
+  Units(const Matrix& m, int64_t b, int64_t begin, int64_t end);
   Units(const Matrix& m, int64_t b) : Units(m, b, 0, m.batch.first.count) {}
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
   bool zero(int64_t i) const { return dot(rows[static_cast<size_t>(i)], rows[static_cast<size_t>(i)]) == 0.0; }
@@ -59,75 +46,16 @@ struct Units {
 using Kernel = std::vector<std::vector<double>>;
 
 // r_i r_j cos(x_i, x_j); `r` is 0 where a token is bad.
-inline Kernel kernel_of(const Units& units, const std::vector<double>& r) {
-  const size_t n = units.rows.size();
-  Kernel kernel(n, std::vector<double>(n));
-  for (size_t i = 0; i < n; ++i) {
-    for (size_t j = 0; j <= i; ++j) kernel[i][j] = kernel[j][i] = r[i] * r[j] * dot(units.rows[i], units.rows[j]);
-  }
-  return kernel;
-}
+Kernel kernel_of(const Units& units, const std::vector<double>& r);
 
-inline void require_distinct(const int64_t* picks, int64_t k, int64_t n, int64_t image) {
-  std::vector<bool> seen(static_cast<size_t>(n));
-  for (int64_t t = 0; t < k; ++t) {
-    require(0 <= picks[t] && picks[t] < n, at("an index in range", image, t));
-    require(!seen[static_cast<size_t>(picks[t])], at("distinct indices", image, t));
-    seen[static_cast<size_t>(picks[t])] = true;
-  }
-}
+void require_distinct(const int64_t* picks, int64_t k, int64_t n, int64_t image);
 
 // Every pick is the best of its tier, step by step, and its gain (may be null) is the residual variance that it had.
-inline void certify(const Kernel& kernel, const std::vector<int>& tier, const int64_t* picks, const float* gains,
-                    int64_t k, int64_t image) {
-  const size_t n = kernel.size();
-  std::vector<double> residual(n);
-  std::vector<bool> taken(n);
-  Rows factor;
-  double scale = 0.0;
-  for (size_t i = 0; i < n; ++i) {
-    residual[i] = std::max(kernel[i][i], 0.0);
-    scale = std::max(scale, residual[i]);
-  }
-  for (int64_t t = 0; t < k; ++t) {
-    const size_t pick = static_cast<size_t>(picks[t]);
-    int first = 3;
-    for (size_t i = 0; i < n; ++i) first = taken[i] ? first : std::min(first, tier[i]);
-    double best = 0.0;
-    for (size_t i = 0; i < n; ++i) best = taken[i] || tier[i] != first ? best : std::max(best, residual[i]);
-    require(tier[pick] == first, at("a pick of the tier whose turn it is", image, t));
-    require(residual[pick] >= best - kTolerance * scale, at("the certificate", image, t));
-    if (gains != nullptr) {
-      const double exact = std::min(residual[pick], static_cast<double>(std::numeric_limits<float>::max()));
-      require(std::fabs(gains[t] - exact) <= kTolerance * scale + 1e-44, at("the gain of a pick", image, t));
-    }
-    taken[pick] = true;
-    if (residual[pick] <= 1e-7 * scale) continue;
-    std::vector<double> row(n);
-    const double root = std::sqrt(residual[pick]);
-    for (size_t j = 0; j < n; ++j) {
-      double sum = kernel[pick][j];
-      for (const std::vector<double>& f : factor) sum -= f[pick] * f[j];
-      row[j] = sum / root;
-    }
-    for (size_t j = 0; j < n; ++j) residual[j] = std::max(residual[j] - row[j] * row[j], 0.0);
-    factor.push_back(row);
-  }
-}
+void certify(const Kernel& kernel, const std::vector<int>& tier, const int64_t* picks, const float* gains, int64_t k,
+             int64_t image);
 
 // Past the rank (from the first gain of 0 on) tokens go by `priority`, of equals the lowest first; bad ones last.
-inline void require_fallback(const std::vector<double>& priority, const std::vector<bool>& bad, const int64_t* picks,
-                             const float* gains, int64_t k, int64_t image) {
-  int64_t rank = 0;
-  while (rank < k && gains[rank] != 0.0f) ++rank;
-  for (int64_t t = rank; t < k; ++t) require(gains[t] == 0.0f, at("no gain past the rank", image, t));
-  for (int64_t t = rank + 1; t < k; ++t) {
-    const size_t before = static_cast<size_t>(picks[t - 1]), after = static_cast<size_t>(picks[t]);
-    const bool good = bad[before] != bad[after]                            ? bad[after]
-                      : bad[before] || priority[before] == priority[after] ? before < after
-                                                                           : priority[before] > priority[after];
-    require(good, at("the order past the rank", image, t));
-  }
-}
+void require_fallback(const std::vector<double>& priority, const std::vector<bool>& bad, const int64_t* picks,
+                      const float* gains, int64_t k, int64_t image);
 
 }  // namespace fuzz

@@ -20,6 +20,8 @@ def skip_before(kind: str) -> None:
     since = vlm_zoo.SINCE.get(kind, (0, 0))
     if since > vlm_zoo.VERSION:
         pytest.skip(f"{kind} is held from {since} on")
+    if kind in vlm_zoo.TIMM_TYPES:
+        pytest.importorskip("timm", reason="an encoder of timm's: make test-timm")
 
 
 @pytest.mark.parametrize("kind", vlm_zoo.PROVEN)

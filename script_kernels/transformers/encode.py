@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,9 @@ def rebuild(outputs: dict[str, Any], visuals: list[Visual], kept: list[Tensor]) 
         prompts = [v.prompt for v, _ in mine]
         totals = [sum(len(k) for v, k in mine if v.prompt == prompt) for prompt in sorted(set(prompts))]
         tensors = isinstance(output.pooler_output, Tensor) and output.pooler_output.ndim > 2
-        kept_fields = {name: value for name, value in output.items() if name not in _UNREAD}
+        # An output class may demand what nobody reads.
+        kept_fields = {f.name: None for f in fields(output) if f.name in _UNREAD and f.default is MISSING}
+        kept_fields |= {name: value for name, value in output.items() if name not in _UNREAD}
         if output.pooler_output is not None:
             pooled = [v.features.index_select(0, k) for v, k in mine]
             flat = isinstance(output.pooler_output, Tensor) and not tensors

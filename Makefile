@@ -141,7 +141,7 @@ test-lmms: setup
 test-timm: setup
 	$(PY) tests/timm_folder.py build/timm
 	PYTHONPATH=build/timm $(PY) -m pytest -q -p no:cacheprovider tests/test_transformers_zoo.py \
-	  -k "$$(PYTHONPATH=tests $(PY) -c 'import vlm_zoo; print(" or ".join(vlm_zoo.TIMM_TYPES))')"
+	  -k "$$(PYTHONPATH=tests $(PY) -c 'import vlm_types; print(" or ".join(vlm_types.TIMM_TYPES))')"
 
 # In a process where Triton compiles; tests/test_ptx.py runs a part of it.
 gpu-proof: setup

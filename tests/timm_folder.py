@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "vllm"))
-from install import patch_torchvision_in, run, stamp  # noqa: E402
+from install import patch_torchvision_in, run, stamp
 
 # torchvision's minor goes with torch's.
 PACKAGES = ("timm==1.0.31", f"torchvision==0.{int(torch.__version__.split('.')[1]) + 15}.*")

@@ -140,7 +140,11 @@ EXTRA: dict[str, dict[str, Any]] = {
         "text_config.hidden_size_per_layer_input": 16,
         "text_config.laurel_rank": 8,
     },
-    "gemma4": {"vision_config": {**GEMMA4, "model_type": "gemma4_vision"}},
+    "gemma4": {
+        "vision_config": {**GEMMA4, "model_type": "gemma4_vision"},
+        "text_config.vocab_size_per_layer_input": 200,
+        "text_config.hidden_size_per_layer_input": 16,
+    },
     "glm46v": MROPE,
     "glm4v": MROPE,
     "glm4v_moe": {"text_config.rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},

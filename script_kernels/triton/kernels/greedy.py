@@ -1,7 +1,8 @@
 """Greedy MAP of a determinantal point process: diagonally pivoted Cholesky, stopped after k pivots (Chen et al. 2018).
 
 One launch does all steps of all images. A program owns a block of columns of one image, with their residuals d in
-registers; rows of the factor C go to global memory as [k][N]. The step that picks j reads L[j, :] and C[:m, j] and does
+registers; rows of the factor C go to global memory, see factor.py. The step that picks j reads L[j, :] and C[:m, j]
+and does
 
     c = (L[j, :] - C[:m, j] C[:m, :]) / sqrt(d_j);   d = max(d - c c, 0);   C[m, :] = c
 
@@ -34,9 +35,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .factor import project
 from .layout import Layout, image_of, launch, locate, order_key
 from .pairs import finite_relevance
-from .plan import BLOCKS, FEATURE_BLOCKS, MOST_TOKENS, Stage
+from .plan import MOST_TOKENS, Stage
 from .rows import Rows, widen
 
 RANK_TOLERANCE = tl.constexpr(1e-6)
@@ -78,6 +80,12 @@ def initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n):
         m_good = tl.abs(b_order) < float("inf")
         b_residual = tl.where(b_order > 0.0, b_order, 0.0)
     return tl.where(m_n, tl.where(m_good, b_residual, BAD), TAKEN)
+
+
+@triton.jit
+def block(at, BN: tl.constexpr):
+    """`at` and the next, loaded one by one: all arrays of a block have C's layout, none is carried to another's."""
+    return tl.max_contiguous(at + tl.arange(0, BN), 1)
 
 
 @triton.jit
@@ -123,22 +131,6 @@ def best_of_all(p_slots, i_round, n_slots, i_slot, best, n_g, p_progress, BG: tl
             tl.debug_barrier()
         best = tl.max(b_keys, axis=0)
     return best
-
-
-@triton.jit
-def add_rows(b_sum, p_c, j, o_n, n_load, i_m, m, stride_cm, PAST_L1: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    """b_sum + C[i_m:, j] C[i_m:, :] of BC rows, as one chain; those from m on, if there is an m, are left out."""
-    for i_c in tl.static_range(BC):
-        p_cm = p_c + tl.cast(i_m + i_c, tl.int64) * stride_cm
-        if m is not None:
-            m_c = i_m + i_c < m
-            b_cj = tl.load(p_cm + j, mask=m_c, other=0.0, cache_modifier=PAST_L1)
-            b_c = tl.load(p_cm + o_n, mask=o_n < tl.where(m_c, n_load, 0), other=0.0)
-        else:
-            b_cj = tl.load(p_cm + j, cache_modifier=PAST_L1)
-            b_c = tl.load(p_cm + o_n, mask=o_n < n_load, other=0.0)
-        b_sum = tl.fma(b_c, tl.broadcast_to(b_cj, [BN]), b_sum)
-    return b_sum
 
 
 @triton.jit
@@ -216,7 +208,7 @@ def greedy_kernel(
     p_cu,
     p_indices,  # int64 [S, K]
     p_gains,  # fp32 [S, K]
-    p_factor,  # fp32 C, (B, K, N) or (K, T), rows padded to multiples of 16
+    p_factor,  # fp32 C, (total slots, cdiv(K, BV), BN, BV) or (cdiv(K, BV), T, BV)
     p_row,  # fp32, one per token, with tokens
     p_slots,  # int64 [rounds, n_slots], cleared, or None: one program per image
     p_residual,  # fp32, one per token, or None: all rounds in this launch
@@ -240,6 +232,7 @@ def greedy_kernel(
     BN: tl.constexpr,
     BG: tl.constexpr,
     BC: tl.constexpr,
+    BV: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -250,15 +243,20 @@ def greedy_kernel(
         return
     n_g = tl.cdiv(n, BN)  # programs that share this image
     i_image = i_s.to(tl.int64)
-    stride_cm = tl.cdiv(N, 16) * 16
     k = K
     n_load = n  # columns of C and L that may be loaded: what lies past n takes no part
+    # C of an image: a panel for the columns of each program; of segments: one for all
+    at = i_g * BN
     if p_cu is not None:
         k = tl.minimum(tl.minimum(tl.load(p_limit + i_s), K), n)
-        p_c = p_factor + first
+        stride_c = tl.cast(N, tl.int64) * BV
+        panel = BV * BN
+        p_c = p_factor + BV * first
     else:
-        p_c = p_factor + i_image * K * stride_cm
-        n_load = stride_cm
+        stride_c = BV * BN
+        panel = tl.cast(tl.cdiv(K, BV), tl.int64) * (BV * BN)
+        p_c = p_factor + i_image * slots * panel
+        n_load = tl.cdiv(N, 16) * 16
     if p_need is not None:
         need = tl.load(p_need + i_s)
     p_k = p_kernel
@@ -276,8 +274,12 @@ def greedy_kernel(
         stride_diagonal = stride_kn + stride_kc
     p_i = p_indices + i_image * K
     p_g = p_gains + i_image * K
-    o_n = i_g * BN + tl.arange(0, BN)
+    o_n = block(at, BN)
     m_n = o_n < n
+    # Past the image's end its last column stands in: no load of C needs a mask
+    o_c = tl.minimum(tl.arange(0, BN), n - 1 - at)
+    o_mine = BV * o_c[:, None] + tl.arange(0, BV)[None, :]  # [BN, BV]
+    p_mine = p_c + i_g * panel
     b_tier = flags_of(p_tier, first, o_n, m_n)
     b_stop = flags_of(p_stop, first, o_n, m_n)
 
@@ -304,7 +306,6 @@ def greedy_kernel(
     if p_kernel is None:
         if round_from < 0:
             p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
-            at = i_g * BN
             feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, None, at, n, strides_x, D, BN, BR, BD)
             tl.debug_barrier()  # and the first exchange brings it to the other programs
     elif p_own is not None:
@@ -314,7 +315,7 @@ def greedy_kernel(
     top_rest = tl.full([], 0.0, tl.float32)
     if p_tier is not None:
         for i_n in range(0, n, BN):
-            o_a = i_n + tl.arange(0, BN)
+            o_a = block(i_n, BN)
             b_diag = initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_a, o_a < n)
             top_rest = tl.maximum(top_rest, tl.max(b_diag, axis=0))
 
@@ -345,27 +346,27 @@ def greedy_kernel(
             if ranked & (t < k) & (count < need):
                 if p_kernel is None:
                     p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
-                    at = i_g * BN
                     feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, j, at, n, strides_x, D, BN, BR, BD)
                     tl.debug_barrier()
                     b_row = tl.load(p_row + first + o_n, mask=m_n, other=0.0)
                 else:
                     p_kj = p_k + j.to(tl.int64) * stride_kn
                     b_row = tl.load(p_kj + o_n.to(tl.int64) * stride_kc, mask=o_n < n_row, other=0.0)
+                    if p_own is not None:
+                        own_j = tl.load(p_own + first + j)
+                # The row is asked for first and used last: it travels while C does
+                p_j = p_c + j // BN * panel + BV * (j % BN)
+                b_sum = project(p_mine, o_mine, p_j, m, stride_c, PAST_L1, BN, BV, BC)
+                if p_kernel is not None:
                     b_row = tl.where(tl.abs(b_row) < float("inf"), b_row, 0.0)
                     if p_own is not None:
-                        b_row = level_cosine(b_row, b_own, tl.load(p_own + first + j))
-                b_sum = tl.zeros([BN], dtype=tl.float32)
-                whole = m - m % BC
-                for i_m in range(0, whole, BC):
-                    b_sum = add_rows(b_sum, p_c, j, o_n, n_load, i_m, None, stride_cm, PAST_L1, BN, BC)
-                if whole < m:
-                    b_sum = add_rows(b_sum, p_c, j, o_n, n_load, whole, m, stride_cm, PAST_L1, BN, BC)
+                        b_row = level_cosine(b_row, b_own, own_j)
                 b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
                 b_less = tl.fma(-b_new, b_new, b_residual)
                 b_less = tl.where(b_less > 0.0, b_less, 0.0)  # NaN counts as 0
                 b_residual = tl.where(b_residual >= 0.0, b_less, b_residual)
-                tl.store(p_c + tl.cast(m, tl.int64) * stride_cm + o_n, b_new, mask=m_n)
+                p_new = p_mine + (m // BV).to(tl.int64) * stride_c + m % BV
+                tl.store(p_new + BV * (o_n - at), b_new, mask=m_n)
                 m += 1
         i_round += 1
         tl.debug_barrier()  # the row of C is read by other threads in the next round
@@ -382,7 +383,7 @@ def greedy_kernel(
         tl.store(p_state + 4, top.to(tl.int32, bitcast=True))
     if i_g == 0:  # ranks that were not asked for
         for i_t in range(t, K, BN):
-            o_t = i_t + tl.arange(0, BN)
+            o_t = block(i_t, BN)
             tl.store(p_i + o_t, tl.full([BN], -1, tl.int64), mask=o_t < K)
             tl.store(p_g + o_t, tl.zeros([BN], tl.float32), mask=o_t < K)
 
@@ -390,13 +391,14 @@ def greedy_kernel(
 def compile_options(layout: Layout, stage: Stage, device: torch.device) -> dict[str, Any]:
     """Constants and options of the kernel: of few values, for each is a compilation."""
     plan = stage.plan
-    num_warps, unroll, registers = (FEATURE_BLOCKS if stage.features else BLOCKS)[plan.columns]
+    num_warps, unroll, registers = stage.block
     sharers = triton.cdiv(layout.n, plan.columns) if plan.grid else 1
     widths = SHARERS[1:] if layout.packed and plan.grid else SHARERS
     options: dict[str, Any] = {
         "BN": plan.columns,
         "BG": next((g for g in widths if g >= sharers), triton.next_power_of_2(sharers)),
         "BC": min(unroll, INTERPRETER_UNROLL) if device.type == "cpu" else unroll,
+        "BV": stage.neighbours,
         "BR": FEATURE_ROWS,
         "BD": FEATURE_COLS,
         "num_warps": num_warps,
@@ -446,8 +448,8 @@ def launch_greedy(
     if rows is not None:
         order = order.contiguous()
         strides_k = (strides_k[0] // 16, strides_k[1] // 16, strides_k[2])
-    padded = triton.cdiv(layout.n, 16) * 16
-    factor = torch.empty((1 if layout.packed else layout.segments, k, padded), device=device)
+    columns = layout.n if layout.packed else plan.total * plan.columns
+    factor = torch.empty((triton.cdiv(k, stage.neighbours), columns, stage.neighbours), device=device)
     row = None
     if stage.features:
         row, own = torch.empty((2, layout.rows), device=device)

@@ -114,7 +114,7 @@ def locate(
     if p_cu is not None:
         i_s = -1
         for i_c in range(0, S, 1024):
-            o_s = i_c + tl.arange(0, 1024)
+            o_s = tl.max_contiguous(i_c + tl.arange(0, 1024), 1)  # one by one: arrays of 1024 take up the layout
             b_cu = tl.load(p_cu + o_s, mask=o_s < S, other=0)
             i_s += tl.sum(((o_s < S) & (b_cu // BLOCK + o_s <= i_slot)).to(tl.int32), axis=0)
         i_s = tl.maximum(i_s, 0)

@@ -20,6 +20,7 @@ from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
+from .kernels.replay import replayed
 from .kernels.rows import PLANES, launch_mean_query, launch_rows
 
 
@@ -72,6 +73,7 @@ def prune_layout(
     return launch_intersect(ranking[0], layout, None if restrict else mask, most, total, counts)
 
 
+@replayed
 def launch_prune(
     tokens: torch.Tensor,
     query: torch.Tensor | None,

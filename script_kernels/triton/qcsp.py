@@ -10,9 +10,11 @@ from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
+from .kernels.replay import replayed
 from .kernels.rows import launch_rows, launch_unit
 
 
+@replayed
 def launch_qcsp(
     tokens: torch.Tensor,
     relevance: torch.Tensor,
@@ -28,11 +30,11 @@ def launch_qcsp(
     """
     layout = Layout.of(tokens)
     (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
+    if stage.features:
+        clear.zero_()
     rows = launch_rows(tokens, layout)
     relevance, unit = launch_unit(relevance, layout, rows)
     kernel, own = None, None
-    if stage.features:
-        clear.zero_()
-    else:
+    if not stage.features:
         _, kernel, own = launch_pairs(tokens, layout, rows, relevance, width=layout.n, clear=clear)
     return launch_greedy(layout, relevance, k, stage, rows, kernel=kernel, tokens=tokens, own=own, unit=unit)

@@ -7,9 +7,11 @@ on order-preserving keys, the range of each image; the min-max. `prune` does the
 import torch
 
 from .kernels.layout import Layout
+from .kernels.replay import replayed
 from .kernels.rows import launch_mean_query, launch_min_max, launch_rows
 
 
+@replayed
 def launch_query_relevance(
     tokens: torch.Tensor, query: torch.Tensor, query_mask: torch.Tensor | None = None, negate: bool = False
 ) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .kernels.layout import Layout
 from .kernels.nearest import launch_score
 from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
+from .kernels.replay import replayed
 from .kernels.rows import PLANES
 
 
@@ -38,8 +39,7 @@ def prune_layout(
     limits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The kept tokens of all images one after another. `keep` per segment, or one for all images of a dense batch;
-    counts, limits: for packed segments, `keep` and the length of the ranking on the device, (S,) int32.
-    """
+    counts, limits: for packed segments, `keep` and the length of the ranking on the device, (S,) int32."""
     most = max(keep)
     total = sum(keep) if layout.packed else layout.segments * most
     k = options.ranked(layout.n, most)
@@ -56,7 +56,7 @@ def prune_layout(
     mask, _ = launch_select(tokens, layout, rows, graph, survivors, options.gsp_drop)
     stop = None if restrict or union else mask
     source: dict[str, Any] = {"kernel": kernel, "tokens": tokens, "own": own}
-    ranking = None
+    ranking: Any = None
     for stage in stages:
         ranking = launch_greedy(
             *(layout, relevance, k, stage, rows),
@@ -67,12 +67,12 @@ def prune_layout(
             limits=counts if restrict else limits,
             out=ranking,
         )
-    assert ranking is not None
     if union:
         return join(ranking[0], mask.view(layout.segments, layout.n), most)
     return launch_intersect(ranking[0], layout, None if restrict else mask, most, total, counts)
 
 
+@replayed
 def launch_prune(
     tokens: torch.Tensor,
     query: torch.Tensor | None,

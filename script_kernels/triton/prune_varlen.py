@@ -12,9 +12,11 @@ from script_kernels.options import PruneOptions
 
 from .kernels.choose import launch_place
 from .kernels.layout import Layout
+from .kernels.replay import replayed
 from .prune import prune_layout
 
 
+@replayed
 def launch_prune_varlen(
     tokens: torch.Tensor,
     cu_seqlens: torch.Tensor,

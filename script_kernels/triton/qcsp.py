@@ -15,10 +15,12 @@ from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
+from .kernels.replay import replayed
 from .kernels.rows import launch_rows, launch_unit
 from .kernels.weights import kernel_weights, scaled_back
 
 
+@replayed
 def launch_qcsp(
     tokens: torch.Tensor,
     relevance: torch.Tensor,
@@ -35,6 +37,8 @@ def launch_qcsp(
     """
     layout = Layout.of(tokens)
     (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
+    if stage.features:
+        clear.zero_()
     rows = launch_rows(tokens, layout)
     plain = options is None or options == QcspOptions()
     unit, start, exponent, weight = None, None, None, None
@@ -44,9 +48,7 @@ def launch_qcsp(
         assert options is not None
         weight, start, exponent = kernel_weights(relevance, layout, rows, options)
     kernel, own = None, None
-    if stage.features:
-        clear.zero_()
-    else:
+    if not stage.features:
         weights = relevance if weight is None else weight
         _, kernel, own = launch_pairs(tokens, layout, rows, weights, width=layout.n, clear=clear)
     steps: dict[str, Any] = {

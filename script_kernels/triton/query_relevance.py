@@ -9,9 +9,11 @@ import torch
 
 from .kernels.layout import Layout
 from .kernels.nearest import launch_score
+from .kernels.replay import replayed
 from .kernels.rows import launch_min_max
 
 
+@replayed
 def launch_query_relevance(
     tokens: torch.Tensor,
     query: torch.Tensor,

@@ -328,7 +328,7 @@ def test_dispatch_of_what_prune_launches(monkeypatch, images, n, keep, columns, 
 
     monkeypatch.setattr(plan, "plan_greedy", planned)
     monkeypatch.setattr(prune, "launch_pairs", stop)
-    monkeypatch.setattr(prune, "launch_rows", lambda *arguments, **options: None)
+    monkeypatch.setattr(prune, "launch_score", lambda *arguments, **options: (None, None))
     with pytest.raises(PlannedError):
         prune.launch_prune(torch.empty(images, n, 8, device="meta"), None, keep, PruneOptions())
     assert [(p.columns, p.grid, p.resident) for p in plans] == [(columns, shared, True)]

@@ -23,6 +23,8 @@ class Gpu:
     l2: float = 5.5e12
     tensor: float = 989e12 * 0.6  # bf16 flop/s that tiles of 64 x 64 reach
     l2_trip: float = 0.16e-6  # s, a load that L2 answers
+    l1_trip: float = 0.02e-6
+    l1: float = 192e3  # bytes of it that hold C
     memory_trip: float = 0.45e-6
     launch: float = 1.5e-6  # from one kernel of a graph to the next
     barrier: float = 0.03e-6  # of a block
@@ -31,9 +33,9 @@ class Gpu:
 
 H100 = Gpu()
 
-# Columns of a program -> warps, rows of C in a chunk, instructions a warp issues for a chunk of whole rows (sm_90).
-CHUNKS = {64: (2, 16, 251), 256: (4, 16, 271), 1024: (8, 12, 206), 2048: (16, 4, 79)}
-STEP_INSTRUCTIONS = 420  # per warp and pick, outside of the chunks
+# Columns of a program -> warps, rows of C in a chunk, instructions of a warp (sm_90) for a chunk of whole rows, and for
+# all else that a pick takes: what is left of the rows, the pick itself, the keys.
+CHUNKS = {64: (2, 64, 106, 568), 256: (4, 32, 100, 657), 1024: (8, 12, 78, 599), 2048: (8, 8, 106, 1180)}
 STEP_BARRIERS = 5  # reductions of the keys, the row of C handed on
 
 
@@ -53,16 +55,19 @@ class Step:
 
 def greedy(columns: int, slots: int, images: int, n: int, picks: int) -> Step:
     """The picks of one image; images run side by side."""
-    warps, chunk, instructions = CHUNKS[columns]
+    warps, chunk, instructions, others = CHUNKS[columns]
     shared = slots > 1
     rounds = math.ceil(images * slots / H100.processors) if not shared else 1
-    per_chunk = instructions * max(warps / H100.issue, 1.0) / H100.clock
+    turns = max(warps / H100.issue, 1.0)
+    # The rows of a column are one chain of sums: with few columns in a thread that, and not the issue, is the limit
+    per_chunk = max(instructions * turns, chunk * H100.dependent) / H100.clock
     issued = waited = fetched = 0.0
     for m in range(picks):
-        chunks = math.ceil(m / chunk)
-        issued += chunks * per_chunk + STEP_INSTRUCTIONS * max(warps / H100.issue, 1.0) / H100.clock
-        # A chunk's loads come back together; L[j] and its cosine before them, and the chain of one column
-        waited += (1 + chunks) * H100.l2_trip + chunk * H100.dependent / H100.clock + STEP_BARRIERS * H100.barrier
+        issued += m // chunk * per_chunk + max(others * turns, m % chunk * H100.dependent) / H100.clock
+        # A chunk's loads come back together, and with one of them L[j], which is asked for before. A program that
+        # shares no image has read all rows but the last before.
+        waited += H100.l2_trip + STEP_BARRIERS * H100.barrier
+        waited += max(math.ceil(m / chunk) - 1, 0) * (H100.l2_trip if shared or 4 * n * m > H100.l1 else H100.l1_trip)
         if shared:  # the fence until the row is in L2, the exchange, the poll that sees it
             waited += 3 * H100.l2_trip
         fetched += 4 * (m + 1) * n * images

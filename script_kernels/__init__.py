@@ -1,8 +1,8 @@
 """Exact, fast visual-token pruning for vision-language models.
 
 `import script_kernels` registers the ops as `torch.ops.script.*` and offers them as functions: `prune`, `prune_varlen`,
-and their stages `query_relevance`, `bipartite_match`, `gsp`, `dpp_map`, `qcsp` and `mask_intersect`. Without PyTorch
-only `script_kernels.numpy` works.
+their stages `query_relevance`, `bipartite_match`, `gsp`, `dpp_map`, `qcsp` and `mask_intersect`, and two rankings by
+other rules, `max_min` and `mmr`. Without PyTorch only `script_kernels.numpy` works.
 """
 
 import importlib.util
@@ -16,6 +16,8 @@ __all__ = [
     "dpp_map",
     "gsp",
     "mask_intersect",
+    "max_min",
+    "mmr",
     "prune",
     "prune_varlen",
     "qcsp",
@@ -28,6 +30,8 @@ if TYPE_CHECKING or importlib.util.find_spec("torch") is not None:
         dpp_map,
         gsp,
         mask_intersect,
+        max_min,
+        mmr,
         prune,
         prune_varlen,
         qcsp,

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 
 from . import checks, ops  # noqa: F401  (ops registers torch.ops.script)
-from .options import GspOptions, PruneOptions
+from .options import GspOptions, PruneOptions, QcspOptions
 
 __all__ = [
     "bipartite_match",
     "dpp_map",
     "gsp",
     "mask_intersect",
+    "max_min",
+    "mmr",
     "prune",
     "prune_varlen",
     "qcsp",
@@ -37,21 +39,28 @@ __all__ = [
 
 
 def query_relevance(
-    tokens: torch.Tensor, query: torch.Tensor, query_mask: torch.Tensor | None = None, *, negate: bool = False
+    tokens: torch.Tensor,
+    query: torch.Tensor,
+    query_mask: torch.Tensor | None = None,
+    *,
+    negate: bool = False,
+    reduce: str = "mean",
 ) -> torch.Tensor:
-    """How much each token has to do with the question: mean cosine to the query vectors, min-max scaled per image.
+    """How much each token has to do with the question: its cosines to the query vectors, min-max scaled per image.
 
     Args:
         tokens: (B, N, C), tokens in the query's space.
         query: (B, Q, C), or (1, Q, C) for one question to all images; Q >= 1; dtype and device of `tokens`.
         query_mask: (B, Q) or (1, Q) bool, True for the query vectors that count; None: all.
         negate: flip the sign before the scaling, for encoders whose patch/text cosine is inverted (CLIP).
+        reduce: "mean" takes the mean of a token's cosines to the vectors that count, "max" the largest of them (so that
+            one word that fits is not averaged away); `negate` flips what comes out.
 
     Returns:
         (B, N) float32 in [0, 1]. All ones where the cosines of an image differ by 1e-6 at most.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, or another `reduce`.
         TypeError: not a floating dtype of the above, or different dtypes.
 
     Source: Script and CDPruner, relevance scores.
@@ -61,8 +70,8 @@ def query_relevance(
     tensor([[1., 0., 0.]])
     """
     if not torch.compiler.is_compiling():
-        checks.query_relevance(tokens, query, query_mask, negate)
-    return torch.ops.script.query_relevance.default(tokens, query, query_mask, negate=negate)
+        checks.query_relevance(tokens, query, query_mask, negate, reduce)
+    return torch.ops.script.query_relevance.default(tokens, query, query_mask, negate=negate, reduce=reduce)
 
 
 def bipartite_match(
@@ -174,34 +183,113 @@ def dpp_map(kernel: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.script.dpp_map.default(kernel, k)
 
 
-def qcsp(tokens: torch.Tensor, relevance: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def qcsp(
+    tokens: torch.Tensor,
+    relevance: torch.Tensor,
+    k: int,
+    *,
+    power: float = 1.0,
+    normalize: bool = True,
+    ridge: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Query-conditioned semantic pruning: a set that is relevant and diverse, as a ranking.
 
-    Greedy MAP (see `dpp_map`) of the kernel L = diag(r) S diag(r), S the cosine similarities. Past the rank the picks
-    go by relevance, then index.
+    Greedy MAP (see `dpp_map`) of the kernel L = diag(r) S diag(r), S the cosine similarities, or of one of its kin,
+    diag(|r|^power) S diag(|r|^power) + ridge I. Past the rank the picks go by relevance, then index.
 
     Args:
         tokens: (B, N, D).
-        relevance: (B, N) float32, for example of `query_relevance`; on the device of `tokens`.
+        relevance: (B, N) float32, for example of `query_relevance`; on the device of `tokens`. Its sign makes no
+            difference to the kernel.
         k: picks, 1 <= k <= N.
+        power: 0 <= power <= 64; 0 leaves the relevance out.
+        normalize: False: S is X X^T, the products of the rows as they are (ResPrune).
+        ridge: what is added to the kernel's diagonal, >= 0. Greedy log det(I + gamma G G^T) is that of the rows G with
+            ridge 1 / gamma (OTPrune).
 
     Returns:
         indices: (B, k) int64, best first.
         gains: (B, k) float32, the residual variance at each pick, 0 past the rank.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or k out of range.
+        ValueError: shapes or devices that do not fit, or k or an option out of range.
         TypeError: not a floating dtype of the above, or a relevance that is not float32.
 
-    Source: Script, query-conditioned semantic pruning; CDPruner.
+    Source: Script, query-conditioned semantic pruning; CDPruner; ResPrune (arXiv 2603.21105) and OTPrune
+    (arXiv 2602.20205) for the options.
 
     >>> tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]])
     >>> script_kernels.qcsp(tokens, torch.tensor([[0.9, 1.0, 0.5]]), k=2)[0]
     tensor([[1, 2]])
     """
+    options: dict[str, Any] = {"power": power, "normalize": normalize, "ridge": ridge}
     if not torch.compiler.is_compiling():
-        checks.qcsp(tokens, relevance, k)
-    return torch.ops.script.qcsp.default(tokens, relevance, k)
+        checks.qcsp(tokens, relevance, k, QcspOptions(**options))
+    return torch.ops.script.qcsp.default(tokens, relevance, k, **options)
+
+
+def max_min(tokens: torch.Tensor, relevance: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Farthest points first: k times the token that is farthest from all that are picked, by 1 - cosine.
+
+    The first pick is the token whose nearest other token is farthest. With a relevance each token's distance counts
+    relevance times. Exact: no pick is approximate. Tokens with NaN or Inf come last, and are nobody's neighbours.
+
+    Args:
+        tokens: (B, N, D).
+        relevance: (B, N) float32 on the device of `tokens`, a negative one counts as 0; None: 1 for all.
+        k: picks, 1 <= k <= N.
+
+    Returns:
+        indices: (B, k) int64, in the order of picking.
+        gains: (B, k) float32, relevance times distance to the nearest earlier pick at each pick, at the first to the
+            nearest other token (2 if there is none); 0 for tokens with NaN or Inf.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or k out of range.
+        TypeError: not a floating dtype of the above, or a relevance that is not float32.
+
+    Source: DivPrune (arXiv 2503.02175); Gonzalez 1985 (farthest-point clustering).
+
+    >>> tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]])
+    >>> script_kernels.max_min(tokens, None, k=3)[0]
+    tensor([[3, 0, 2]])
+    """
+    if not torch.compiler.is_compiling():
+        checks.max_min(tokens, relevance, k)
+    return torch.ops.script.max_min.default(tokens, relevance, k)
+
+
+def mmr(
+    tokens: torch.Tensor, relevance: torch.Tensor, k: int, *, balance: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximal marginal relevance: k times the largest balance * r - (1 - balance) * (largest cosine to what is picked).
+
+    For the first pick there is no such cosine, and it counts as 0. Exact: no pick is approximate. Tokens with NaN or
+    Inf, in themselves or in their relevance, come last.
+
+    Args:
+        tokens: (B, N, D).
+        relevance: (B, N) float32, on the device of `tokens`.
+        k: picks, 1 <= k <= N.
+        balance: weight of the relevance, 0 <= balance <= 1; 1 ranks by relevance alone.
+
+    Returns:
+        indices: (B, k) int64, in the order of picking.
+        gains: (B, k) float32, the score at each pick; 0 for tokens with NaN or Inf.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or k or balance out of range.
+        TypeError: not a floating dtype of the above, or a relevance that is not float32.
+
+    Source: Carbonell and Goldstein 1998, maximal marginal relevance.
+
+    >>> tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]])
+    >>> script_kernels.mmr(tokens, torch.tensor([[0.9, 1.0, 0.5]]), k=2)[0]
+    tensor([[1, 2]])
+    """
+    if not torch.compiler.is_compiling():
+        checks.mmr(tokens, relevance, k, balance)
+    return torch.ops.script.mmr.default(tokens, relevance, k, balance=balance)
 
 
 def mask_intersect(ranking: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
@@ -247,6 +335,8 @@ def prune(
     min_degree: int = 4,
     rounds: int = 1,
     floor: float = 0.0,
+    power: float = 1.0,
+    reduce: str = "mean",
 ) -> torch.Tensor:
     """Which `keep` of an image's N visual tokens a language model should see, given the question.
 
@@ -263,16 +353,21 @@ def prune(
         gsp_drop: share of the tokens that GSP drops, 0 <= gsp_drop < 1: it keeps N - floor(gsp_drop * N).
         oversample: QCSP ranks min(N, ceil(oversample * keep)) tokens for the intersection; >= 1.
         combine: "intersect" walks QCSP's ranking for GSP's survivors and fills up from the rest of the ranking;
-            "restrict" runs QCSP on GSP's survivors, and on the others after them if they are fewer than `keep`.
+            "restrict" runs QCSP on GSP's survivors, and on the others after them if they are fewer than `keep`;
+            "union" keeps the ceil(keep / 2) tokens that GSP, run on in as many rounds as it takes (`rounds` at least),
+            leaves, and fills up from QCSP's ranking of `keep`; `gsp_drop` and `oversample` have no say in it.
         threshold, gamma, min_degree, rounds: see `gsp`.
         floor: QCSP sees relevance r as floor + (1 - floor) * r, 0 <= floor <= 1, so that a token beside the question
             still counts by that much; 1 leaves the question out.
+        power: and that to the power of `power`, 0 <= power <= 64.
+        reduce: "mean" or "max" of a token's cosines to the query vectors, see `query_relevance`.
 
     Returns:
         (B, keep) int64, distinct and ascending.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit; a `gsp_drop` that `rounds` cannot reach.
+        ValueError: shapes, devices or values that do not fit; a `gsp_drop` that `rounds` cannot reach, or half of a
+            union's `keep` that no allowed rounds reach.
         TypeError: not a floating dtype of the above, or different dtypes.
 
     Source: Script; docs/design.md for where it leaves room.
@@ -292,6 +387,8 @@ def prune(
         "min_degree": min_degree,
         "rounds": rounds,
         "floor": floor,
+        "power": power,
+        "reduce": reduce,
     }
     if not torch.compiler.is_compiling():
         checks.prune(tokens, query, keep, aligned, query_mask, PruneOptions(**options))
@@ -314,6 +411,8 @@ def prune_varlen(
     min_degree: int = 4,
     rounds: int = 1,
     floor: float = 0.0,
+    power: float = 1.0,
+    reduce: str = "mean",
 ) -> torch.Tensor:
     """`prune` on S images of different sizes, packed one after the other: the same result as on each alone.
 
@@ -325,13 +424,15 @@ def prune_varlen(
         query: (S, Q, C) or (1, Q, C), dtype and device of `tokens`; None: all tokens are equally relevant.
         keep: S ints, tokens to keep of each image; 0 for an empty one.
         aligned: (T, C), the tokens in the query's space, or None.
-        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor: see `prune`.
+        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor, power, reduce: see `prune`.
+            On CUDA there is no "union", whose rounds follow from lengths that the host does not know.
 
     Returns:
         (sum(keep),) int64, indices into the packed tokens, image by image, each ascending.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit; a `gsp_drop` that `rounds` cannot reach.
+        ValueError: shapes, devices or values that do not fit; a `gsp_drop` that `rounds` cannot reach, or half of a
+            union's `keep` that no allowed rounds reach.
         TypeError: not a floating dtype of the above, or different dtypes.
 
     Source: as `prune`.
@@ -350,6 +451,8 @@ def prune_varlen(
         "min_degree": min_degree,
         "rounds": rounds,
         "floor": floor,
+        "power": power,
+        "reduce": reduce,
     }
     if not torch.compiler.is_compiling():
         given = PruneOptions(**options)

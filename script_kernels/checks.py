@@ -11,7 +11,18 @@ from collections.abc import Sequence
 
 import torch
 
-from .options import GspOptions, PruneOptions, check_finite, check_int, check_keeps, check_sizes
+from .options import (
+    REDUCE,
+    GspOptions,
+    PruneOptions,
+    QcspOptions,
+    check_finite,
+    check_int,
+    check_keeps,
+    check_name,
+    check_share,
+    check_sizes,
+)
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,11 +90,16 @@ def _query(query: torch.Tensor, query_mask: torch.Tensor | None, batch: int, tok
 
 
 def query_relevance(
-    tokens: torch.Tensor, query: torch.Tensor, query_mask: torch.Tensor | None = None, negate: bool = False
+    tokens: torch.Tensor,
+    query: torch.Tensor,
+    query_mask: torch.Tensor | None = None,
+    negate: bool = False,
+    reduce: str = "mean",
 ) -> None:
     """Checks the arguments of `query_relevance`."""
     _tokens(tokens)
     _query(query, query_mask, tokens.shape[0], tokens, tokens.shape[2])
+    check_name(reduce, "reduce", REDUCE)
 
 
 def bipartite_match(tokens: torch.Tensor, threshold: float = 0.2) -> None:
@@ -108,15 +124,34 @@ def dpp_map(kernel: torch.Tensor, k: int) -> None:
     _in_range(k, "k", kernel.shape[1], "N")
 
 
-def qcsp(tokens: torch.Tensor, relevance: torch.Tensor, k: int) -> None:
-    """Checks the arguments of `qcsp`."""
+def max_min(tokens: torch.Tensor, relevance: torch.Tensor | None, k: int) -> None:
+    """Checks the arguments of `max_min`, which are those of every ranking from tokens."""
     _tokens(tokens)
     batch, n = tokens.shape[:2]
-    _is_tensor(relevance, "relevance", torch.float32)
-    if relevance.ndim != 2 or (relevance.shape[0] == batch) is False or (relevance.shape[1] == n) is False:
-        raise ValueError(f"relevance: expected shape ({batch}, {n}), got {_shape(relevance)}")
-    _on_device(relevance, "relevance", tokens)
+    if relevance is not None:
+        _is_tensor(relevance, "relevance", torch.float32)
+        if relevance.ndim != 2 or (relevance.shape[0] == batch) is False or (relevance.shape[1] == n) is False:
+            raise ValueError(f"relevance: expected shape ({batch}, {n}), got {_shape(relevance)}")
+        _on_device(relevance, "relevance", tokens)
     _in_range(k, "k", n, "N")
+
+
+def _ranked(tokens: torch.Tensor, relevance: torch.Tensor, k: int) -> None:
+    _tokens(tokens)
+    _is_tensor(relevance, "relevance", torch.float32)
+    max_min(tokens, relevance, k)
+
+
+def qcsp(tokens: torch.Tensor, relevance: torch.Tensor, k: int, options: QcspOptions) -> None:
+    """Checks the arguments of `qcsp`."""
+    _ranked(tokens, relevance, k)
+    options.check()
+
+
+def mmr(tokens: torch.Tensor, relevance: torch.Tensor, k: int, balance: float) -> None:
+    """Checks the arguments of `mmr`."""
+    _ranked(tokens, relevance, k)
+    check_share(balance, "balance")
 
 
 def mask_intersect(ranking: torch.Tensor, mask: torch.Tensor, k: int) -> None:
@@ -160,7 +195,7 @@ def prune(
             width = aligned.shape[2]
         _query(query, query_mask, batch, tokens, width)
     options.check()
-    options.check_drop(n)
+    options.check_drop(n, keep)
 
 
 def prune_varlen(

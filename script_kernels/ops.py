@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
-from .options import GspOptions, PruneOptions
+from .options import GspOptions, PruneOptions, QcspOptions
 
 # Fakes: shapes and dtypes of the outputs, after the checks. The dispatcher leaves out what has its default value.
 
@@ -52,8 +52,18 @@ def fake_dpp_map(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return fake_picks(kernel, k)
 
 
-def fake_qcsp(tokens: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    checks.qcsp(tokens, relevance, k)
+def fake_qcsp(tokens: Tensor, relevance: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+    checks.qcsp(tokens, relevance, k, QcspOptions(**options))
+    return fake_picks(tokens, k)
+
+
+def fake_max_min(tokens: Tensor, relevance: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    checks.max_min(tokens, relevance, k)
+    return fake_picks(tokens, k)
+
+
+def fake_mmr(tokens: Tensor, relevance: Tensor, k: int, *, balance: float = 0.5) -> tuple[Tensor, Tensor]:
+    checks.mmr(tokens, relevance, k, balance)
     return fake_picks(tokens, k)
 
 
@@ -92,12 +102,12 @@ def fake_prune_varlen(
 
 
 def cuda_query_relevance(
-    tokens: Tensor, query: Tensor, query_mask: Tensor | None = None, *, negate: bool = False
+    tokens: Tensor, query: Tensor, query_mask: Tensor | None = None, *, negate: bool = False, reduce: str = "mean"
 ) -> Tensor:
     from .triton.query_relevance import launch_query_relevance
 
-    checks.query_relevance(tokens, query, query_mask, negate)
-    return launch_query_relevance(tokens, query, query_mask, negate)
+    checks.query_relevance(tokens, query, query_mask, negate, reduce)
+    return launch_query_relevance(tokens, query, query_mask, negate, reduce)
 
 
 def cuda_bipartite_match(tokens: Tensor, threshold: float = 0.2) -> tuple[Tensor, ...]:
@@ -122,11 +132,26 @@ def cuda_dpp_map(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return launch_dpp_map(kernel, k)
 
 
-def cuda_qcsp(tokens: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def cuda_qcsp(tokens: Tensor, relevance: Tensor, k: int, **given: Any) -> tuple[Tensor, Tensor]:
     from .triton.qcsp import launch_qcsp
 
-    checks.qcsp(tokens, relevance, k)
-    return launch_qcsp(tokens, relevance, k)
+    options = QcspOptions(**given)
+    checks.qcsp(tokens, relevance, k, options)
+    return launch_qcsp(tokens, relevance, k, options)
+
+
+def cuda_max_min(tokens: Tensor, relevance: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    from .triton.max_min import launch_max_min
+
+    checks.max_min(tokens, relevance, k)
+    return launch_max_min(tokens, relevance, k)
+
+
+def cuda_mmr(tokens: Tensor, relevance: Tensor, k: int, *, balance: float = 0.5) -> tuple[Tensor, Tensor]:
+    from .triton.mmr import launch_mmr
+
+    checks.mmr(tokens, relevance, k, balance)
+    return launch_mmr(tokens, relevance, k, balance)
 
 
 def cuda_prune(
@@ -176,12 +201,13 @@ class Op(NamedTuple):
 GSP = "float threshold=0.2, float gamma=1.0, int min_degree=4, int rounds=1"
 PRUNE = (
     'bool negate=False, float gsp_drop=0.25, float oversample=2.0, str combine="intersect", '  # then those of GSP
-    f"{GSP}, float floor=0.0"
+    f'{GSP}, float floor=0.0, float power=1.0, str reduce="mean"'
 )
 
 OPS = (
     Op(
-        "query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False) -> Tensor",
+        "query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False, "
+        'str reduce="mean") -> Tensor',
         fake_query_relevance,
         cuda_query_relevance,
     ),
@@ -193,7 +219,22 @@ OPS = (
     ),
     Op(f"gsp(Tensor tokens, SymInt keep, *, {GSP}) -> (Tensor mask, Tensor redundancy)", fake_gsp, cuda_gsp),
     Op("dpp_map(Tensor kernel, SymInt k) -> (Tensor indices, Tensor gains)", fake_dpp_map, cuda_dpp_map),
-    Op("qcsp(Tensor tokens, Tensor relevance, SymInt k) -> (Tensor indices, Tensor gains)", fake_qcsp, cuda_qcsp),
+    Op(
+        "qcsp(Tensor tokens, Tensor relevance, SymInt k, *, float power=1.0, bool normalize=True, float ridge=0.0) "
+        "-> (Tensor indices, Tensor gains)",
+        fake_qcsp,
+        cuda_qcsp,
+    ),
+    Op(
+        "max_min(Tensor tokens, Tensor? relevance, SymInt k) -> (Tensor indices, Tensor gains)",
+        fake_max_min,
+        cuda_max_min,
+    ),
+    Op(
+        "mmr(Tensor tokens, Tensor relevance, SymInt k, *, float balance=0.5) -> (Tensor indices, Tensor gains)",
+        fake_mmr,
+        cuda_mmr,
+    ),
     Op("mask_intersect(Tensor ranking, Tensor mask, SymInt k) -> Tensor", fake_mask_intersect, None),
     Op(
         "prune(Tensor tokens, Tensor? query, SymInt keep, *, Tensor? aligned=None, Tensor? query_mask=None, "

@@ -1,4 +1,4 @@
-"""The options of GSP and of prune as one frozen value each: defaults, checks, and how many tokens each stage keeps.
+"""The options of GSP, QCSP and prune as one frozen value each: defaults, checks, and how many tokens each stage keeps.
 
 Every face builds one from the keywords that its users write and hands it on whole. csrc/core/schedule.hpp computes the
 same counts. Needs neither PyTorch nor NumPy.
@@ -9,7 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-COMBINE = ("intersect", "restrict")
+COMBINE = ("intersect", "restrict", "union")
+REDUCE = ("mean", "max")
+MOST_POWER = 64  # of a relevance: a larger one would leave nothing but the largest
 # A round is a matching of all that is left. A hundred of them get to one token in a hundred; more would only be time.
 MOST_ROUNDS = 100
 # No dimension of any argument is larger. Positions and counts are then exact in int32 and float32, and a view of stride
@@ -58,6 +60,45 @@ def check_finite(value: float, argument: str) -> None:
         raise ValueError(f"{argument}: expected a finite number, got {value}")
 
 
+def check_share(value: float, argument: str) -> None:
+    """Raises unless the value is a number from 0 to 1."""
+    check_number(value, argument)
+    if not is_symbolic(value) and not 0 <= value <= 1:
+        raise ValueError(f"{argument}: expected 0 <= {argument} <= 1, got {value}")
+
+
+def check_power(value: float) -> None:
+    """Raises unless the value is a power that a relevance may be raised to."""
+    check_number(value, "power")
+    if not is_symbolic(value) and not 0 <= value <= MOST_POWER:
+        raise ValueError(f"power: expected 0 <= power <= {MOST_POWER}, got {value}")
+
+
+def check_name(value: str, argument: str, names: Sequence[str]) -> None:
+    """Raises unless the value is one of the names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument}: expected a str, got {type(value).__name__}")
+    if value not in names:
+        *first, last = map(repr, names)
+        raise ValueError(f"{argument}: expected {', '.join(first)} or {last}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QcspOptions:
+    """What QCSP makes its kernel of: see `script_kernels.qcsp`."""
+
+    power: float = 1.0
+    normalize: bool = True
+    ridge: float = 0.0
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError, naming the first option that cannot be."""
+        check_power(self.power)
+        check_number(self.ridge, "ridge")
+        if not is_symbolic(self.ridge) and not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge: expected a finite number >= 0, got {self.ridge}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GspOptions:
     """What GSP asks of its graph: see `script_kernels.gsp`."""
@@ -101,6 +142,8 @@ class PruneOptions(GspOptions):
     oversample: float = 2.0
     combine: str = "intersect"
     floor: float = 0.0
+    power: float = 1.0
+    reduce: str = "mean"
 
     def check(self) -> None:
         """Raises TypeError or ValueError, naming the first option that cannot be."""
@@ -110,18 +153,21 @@ class PruneOptions(GspOptions):
         check_number(self.oversample, "oversample")
         if not is_symbolic(self.oversample) and not 1 <= self.oversample < math.inf:
             raise ValueError(f"oversample: expected a finite number >= 1, got {self.oversample}")
-        if not isinstance(self.combine, str):
-            raise TypeError(f"combine: expected a str, got {type(self.combine).__name__}")
-        if self.combine not in COMBINE:
-            raise ValueError(f"combine: expected 'intersect' or 'restrict', got {self.combine!r}")
+        check_name(self.combine, "combine", COMBINE)
         super().check()
-        check_number(self.floor, "floor")
-        if not is_symbolic(self.floor) and not 0 <= self.floor <= 1:
-            raise ValueError(f"floor: expected 0 <= floor <= 1, got {self.floor}")
+        check_share(self.floor, "floor")
+        check_power(self.power)
+        check_name(self.reduce, "reduce", REDUCE)
 
-    def check_drop(self, n: int) -> None:
-        """Raises ValueError unless `rounds` rounds can drop the share `gsp_drop` of n tokens."""
-        if not is_symbolic(n) and not is_symbolic(self.gsp_drop):
+    def check_drop(self, n: int, keep: int, argument: str = "keep") -> None:
+        """Raises ValueError unless GSP's rounds get from n tokens to what it has to leave for `keep` of them."""
+        if self.combine == "union":
+            if not any(is_symbolic(value) for value in (n, keep, self.rounds)):
+                share = union_share(keep)
+                asked = f"{argument}: the half of {keep} that GSP keeps in a union, {share},"
+                graph = GspOptions(rounds=max(self.rounds, min(rounds_needed(n, share), MOST_ROUNDS)))
+                graph.check_reachable(n, share, asked)
+        elif not is_symbolic(n) and not is_symbolic(self.gsp_drop):
             kept = self.gsp_keep(n)
             self.check_reachable(n, kept, f"gsp_drop: {self.gsp_drop} keeps {kept}, which")
 
@@ -142,15 +188,28 @@ class PruneOptions(GspOptions):
                 continue
             if not 1 <= kept <= length:
                 raise ValueError(f"keep[{s}]: expected 1 <= keep[{s}] <= {length}, the segment's length, got {kept}")
-            self.check_drop(length)
+            self.check_drop(length, kept, f"keep[{s}]")
 
     def gsp_keep(self, n: int) -> int:
         """Tokens that GSP keeps of n."""
         return n - math.floor(self.gsp_drop * n)
 
+    def survivors(self, n: int, keep: int) -> int:
+        """Tokens that GSP keeps of n, for `keep` of them in the end."""
+        return union_share(keep) if self.combine == "union" else self.gsp_keep(n)
+
+    def rounds_to(self, n: int, keep: int) -> int:
+        """The rounds of GSP: in a union as many as it takes, and no less than `rounds`."""
+        return max(self.rounds, rounds_needed(n, union_share(keep))) if self.combine == "union" else self.rounds
+
     def ranked(self, n: int, keep: int) -> int:
         """Length of QCSP's ranking, for `keep` of n tokens."""
         return min(n, math.ceil(self.oversample * keep)) if self.combine == "intersect" else keep
+
+
+def union_share(keep: int) -> int:
+    """Tokens of `keep` that are GSP's in a union: half of them, rounded up."""
+    return (keep + 1) // 2
 
 
 def rounds_suffice(n: int, keep: int, rounds: int) -> bool:

@@ -10,6 +10,7 @@ The mathematics follows *Script* (arXiv 2512.01949), CDPruner (arXiv 2506.10967)
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,18 +85,22 @@ def query_relevance(
     query_mask: Tensor | None = None,
     *,
     negate: bool = False,
+    reduce: str = "mean",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """r_i = minmax_i(mean_q cos(a_i, q)): (B, N, C), (B or 1, Q, C), (B or 1, Q) -> (B, N) in [0, 1]."""
+    """r_i = minmax_i(mean_q or max_q cos(a_i, q)): (B, N, C), (B or 1, Q, C), (B or 1, Q) -> (B, N) in [0, 1]."""
     B, N, _ = tokens.shape
     similarity = cosine(tokens, query.expand(B, -1, -1), dtype)  # (B, N, Q)
     if query_mask is None:
         query_mask = torch.ones(1, query.shape[1], dtype=torch.bool, device=query.device)
     unmasked = query_mask.expand(B, -1)
-    score = similarity.masked_fill(~unmasked[:, None, :], 0.0).sum(-1) / unmasked.sum(-1, keepdim=True).clamp(min=1)
+    if reduce == "max":
+        score = similarity.masked_fill(~unmasked[:, None, :], -math.inf).amax(-1)
+        score = score.masked_fill(~unmasked.any(-1, keepdim=True), 0.0)
+    else:
+        score = similarity.masked_fill(~unmasked[:, None, :], 0.0).sum(-1) / unmasked.sum(-1, keepdim=True).clamp(min=1)
     if negate:
         score = -score
-
     bad = bad_rows(tokens)
     if N == 0:
         return score
@@ -252,23 +257,106 @@ def dpp_map(kernel: Tensor, k: int, *, dtype: torch.dtype = torch.float32) -> tu
     return greedy(kernel, kernel.diagonal(dim1=1, dim2=2), bad.long(), k)
 
 
-def _select(tokens: Tensor, relevance: Tensor, tier: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Kernel = tuple[float, bool, float]  # power, normalize and ridge of `qcsp`
+
+
+def _select(
+    tokens: Tensor, relevance: Tensor, tier: Tensor, k: int, dtype: torch.dtype, options: Kernel = (1.0, True, 0.0)
+) -> tuple[Tensor, Tensor]:
     """Greedy selection in which bad tokens form a tier of their own behind all others."""
+    power, normalize, ridge = options
     bad = bad_rows(tokens) | ~torch.isfinite(relevance)
     relevance = relevance.masked_fill(bad, 0.0)
     # By a power of two, so that no square overflows or vanishes. A zero row has L_ii = 0, whatever its relevance.
-    weight = relevance.masked_fill((tokens == 0).all(-1), 0.0)
-    exponent = -torch.frexp(weight.abs().amax(1, keepdim=True)).exponent
-    indices, gains = greedy(
-        kernel_matrix(tokens, torch.ldexp(weight, exponent), dtype=dtype), relevance, tier.masked_fill(bad, 2), k
-    )
+    weight = relevance.double().abs() ** power
+    if not normalize:
+        weight = weight * tokens.double().norm(dim=-1)
+    weight = weight.masked_fill(bad | (tokens == 0).all(-1), 0.0)
+    exponent = -torch.frexp(weight.amax(1, keepdim=True).clamp(min=ridge**0.5)).exponent
+    kernel = kernel_matrix(tokens, torch.ldexp(weight, exponent), dtype=dtype)
+    kernel.diagonal(dim1=1, dim2=2).add_(torch.ldexp(torch.full_like(weight, ridge), 2 * exponent).to(dtype))
+    indices, gains = greedy(kernel, relevance, tier.masked_fill(bad, 2), k)
     return indices, torch.ldexp(gains.double(), -2 * exponent).clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 @torch.no_grad()
-def qcsp(tokens: Tensor, relevance: Tensor, k: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Greedy MAP of the DPP with kernel L = diag(r) S diag(r): indices (B, k) in greedy order, gains (B, k)."""
-    return _select(tokens, relevance, torch.zeros_like(relevance, dtype=torch.int64), k, dtype)
+def qcsp(
+    tokens: Tensor,
+    relevance: Tensor,
+    k: int,
+    *,
+    power: float = 1.0,
+    normalize: bool = True,
+    ridge: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Greedy MAP of the DPP with kernel diag(p) S diag(p) + ridge I, p = |r|^power: indices and gains (B, k).
+
+    S are the cosines, or without ``normalize`` the products of the rows.
+    """
+    tier = torch.zeros_like(relevance, dtype=torch.int64)
+    return _select(tokens, relevance, tier, k, dtype, (power, normalize, ridge))
+
+
+def nearest(
+    offset: Tensor, slope: Tensor, similarity: Tensor, first: Tensor, bad: Tensor, k: int
+) -> tuple[Tensor, ...]:
+    """Takes ``first`` (B,), then k - 1 times the largest least offset - slope * similarity to a pick; bad tokens last.
+
+    offset, slope (B, N) of similarity (B, N, N): indices (B, k), and what each pick had left (B, k), 0 for the first.
+    """
+    left, free = torch.full_like(offset, math.inf), torch.ones_like(bad)
+    pick = first[:, None]
+    indices, gains = [pick], [torch.zeros_like(offset[:, :1])]
+    for _ in range(k - 1):
+        free = free.scatter(1, pick, False)
+        row = similarity.gather(1, pick[:, :, None].expand(-1, 1, similarity.shape[2])).squeeze(1)
+        left = torch.minimum(left, (offset - slope * row).clamp(min=0))
+        pick = torch.where(bad, -1.0, left).masked_fill(~free, -2.0).argmax(1, keepdim=True)  # the first of equals
+        indices.append(pick)
+        gains.append(left.gather(1, pick).masked_fill(bad.gather(1, pick), 0.0))
+    return torch.cat(indices, 1)[:, :k], torch.cat(gains, 1)[:, :k]
+
+
+@torch.no_grad()
+def max_min(
+    tokens: Tensor, relevance: Tensor | None, k: int, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Farthest points first by relevance * (1 - cosine): indices and gains (B, k).
+
+    The first pick is the token farthest from its nearest other one.
+    """
+    B, N, _ = tokens.shape
+    r = torch.ones(B, N, device=tokens.device) if relevance is None else relevance
+    bad = bad_rows(tokens) | ~torch.isfinite(r)
+    r = r.masked_fill(bad, 0.0).clamp(min=0)
+    exponent = -torch.frexp(r.amax(1, keepdim=True)).exponent
+    weight = torch.ldexp(r, exponent).to(dtype)
+    similarity = kernel_matrix(tokens, torch.ones_like(r), dtype=dtype)
+    other = ~(torch.eye(N, dtype=torch.bool, device=tokens.device) | bad[:, None, :])
+    alone = weight * (1 - similarity.masked_fill(~other, -1.0).amax(-1)).clamp(min=0)
+    first = torch.where(bad, -1.0, alone).argmax(1)
+    indices, gains = nearest(weight, weight, similarity, first, bad, k)
+    gains[:, 0] = alone.gather(1, first[:, None])[:, 0].masked_fill(bad.all(1), 0.0)
+    return indices, torch.ldexp(gains.double(), -exponent).clamp(max=torch.finfo(torch.float32).max).to(dtype)
+
+
+@torch.no_grad()
+def mmr(
+    tokens: Tensor, relevance: Tensor, k: int, *, balance: float = 0.5, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Largest balance * r - (1 - balance) * largest cosine to a pick, 0 without one: indices and gains (B, k)."""
+    bad = bad_rows(tokens) | ~torch.isfinite(relevance)
+    r = relevance.masked_fill(bad, 0.0).double()
+    low = torch.where(bad, math.inf, r).amin(1, keepdim=True).nan_to_num(posinf=0.0)  # residuals are not negative
+    first = torch.where(bad, -math.inf, balance * r).argmax(1)
+    offset = (balance * (r - low) + (1 - balance)).to(dtype)
+    similarity = kernel_matrix(tokens, torch.ones_like(relevance), dtype=dtype)
+    indices, gains = nearest(offset, torch.full_like(offset, 1 - balance), similarity, first, bad, k)
+    score = gains.double() + balance * low - (1 - balance)
+    score[:, 0] = (balance * r.gather(1, first[:, None]))[:, 0]
+    score = score.clamp(torch.finfo(torch.float32).min, torch.finfo(torch.float32).max)
+    return indices, score.masked_fill(bad.gather(1, indices), 0.0).to(dtype)
 
 
 # --- joint selection
@@ -298,6 +386,8 @@ def prune(
     min_degree: int = 4,
     rounds: int = 1,
     floor: float = 0.0,
+    power: float = 1.0,
+    reduce: str = "mean",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Picks ``keep`` of the N tokens (B, N, D), neither redundant nor beside the query; (B, keep) ascending indices."""
@@ -306,18 +396,15 @@ def prune(
         relevance = torch.ones(B, N, dtype=dtype, device=tokens.device).masked_fill(bad_rows(tokens), 0.0)
     else:
         relevance = query_relevance(
-            tokens if aligned is None else aligned, query, query_mask, negate=negate, dtype=dtype
+            tokens if aligned is None else aligned, query, query_mask, negate=negate, reduce=reduce, dtype=dtype
         )
-        relevance = floor + (1 - floor) * relevance
-    mask, _ = gsp(
-        tokens,
-        N - math.floor(gsp_drop * N),
-        threshold=threshold,
-        gamma=gamma,
-        min_degree=min_degree,
-        rounds=rounds,
-        dtype=dtype,
-    )
+        relevance = (floor + (1 - floor) * relevance) ** power
+    survivors = N - math.floor(gsp_drop * N)
+    if combine == "union":
+        survivors = (keep + 1) // 2
+        rounds = next(r for r in range(rounds, N + 1) if gsp_quotas(N, survivors, r) is not None)
+    graph: dict[str, Any] = {"threshold": threshold, "gamma": gamma, "min_degree": min_degree, "rounds": rounds}
+    mask, _ = gsp(tokens, survivors, **graph, dtype=dtype)
     bad = bad_rows(tokens) if query is None or aligned is None else bad_rows(tokens) | bad_rows(aligned)
     if combine == "intersect":
         pool = min(N, math.ceil(oversample * keep))
@@ -326,7 +413,12 @@ def prune(
     if combine == "restrict":
         indices, _ = _select(tokens, relevance, torch.where(mask, 0, 1).masked_fill(bad, 2), keep, dtype)
         return indices.sort(dim=1).values
-    raise ValueError(f"combine: expected 'intersect' or 'restrict', got {combine!r}")
+    if combine == "union":
+        ranking, _ = _select(tokens, relevance, bad.long() * 2, keep, dtype)
+        first = mask.to(torch.int64) * 2 * N  # GSP's tokens, then the ranking's
+        place = torch.arange(keep, 0, -1, device=tokens.device).expand_as(ranking)
+        return (first + torch.zeros_like(first).scatter(1, ranking, place)).topk(keep).indices.sort(dim=1).values
+    raise ValueError(f"combine: expected 'intersect', 'restrict' or 'union', got {combine!r}")
 
 
 @torch.no_grad()
@@ -337,16 +429,7 @@ def prune_varlen(
     keep: list[int],
     *,
     aligned: Tensor | None = None,
-    negate: bool = False,
-    gsp_drop: float = 0.25,
-    oversample: float = 2.0,
-    combine: str = "intersect",
-    threshold: float = 0.2,
-    gamma: float = 1.0,
-    min_degree: int = 4,
-    rounds: int = 1,
-    floor: float = 0.0,
-    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Tensor:
     """``prune`` of each segment of the packed tokens (T, D); (sum(keep),) indices into the packed tokens."""
     bounds = cu_seqlens.tolist()
@@ -354,22 +437,9 @@ def prune_varlen(
     for s, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop == start:
             continue
-        local = prune(
-            tokens[None, start:stop],
-            None if query is None else query[s % query.shape[0], None],
-            keep[s],
-            aligned=None if aligned is None else aligned[None, start:stop],
-            negate=negate,
-            gsp_drop=gsp_drop,
-            oversample=oversample,
-            combine=combine,
-            threshold=threshold,
-            gamma=gamma,
-            min_degree=min_degree,
-            rounds=rounds,
-            floor=floor,
-            dtype=dtype,
-        )
+        own_query = None if query is None else query[s % query.shape[0], None]
+        own_aligned = None if aligned is None else aligned[None, start:stop]
+        local = prune(tokens[None, start:stop], own_query, keep[s], aligned=own_aligned, **options)
         kept.append(local[0] + start)
     return torch.cat(kept)
 

@@ -189,19 +189,32 @@ def gap_threshold(tokens: Tensor, target: float = 0.2, *, clearance: float = 1e-
 # --- the certificate of an exact greedy
 
 
-def kernel64(tokens: Tensor, relevance: Tensor | None = None) -> Tensor:
+def kernel64(
+    tokens: Tensor,
+    relevance: Tensor | None = None,
+    *,
+    power: float = 1.0,
+    normalize: bool = True,
+    ridge: float = 0.0,
+) -> Tensor:
     """The float64 kernel L = diag(r) S diag(r) (B, N, N), on the CPU, of exactly the given tokens and relevance.
 
-    Zero rows, rows holding NaN or Inf, and tokens whose relevance is not finite get zero rows and columns.
+    Zero rows, rows holding NaN or Inf, and tokens whose relevance is not finite get zero rows and columns. power,
+    normalize, ridge: as `script_kernels.qcsp` has them; the ridge is only on the diagonal of tokens that are not bad.
     """
     x = tokens.detach().cpu().double()
-    x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, 0.0)
-    norm = x.square().sum(-1, keepdim=True).sqrt()
-    x = x / norm.masked_fill(norm == 0, 1.0)
+    bad = ~torch.isfinite(x).all(-1)
+    x = x.masked_fill(bad[..., None], 0.0)
+    if normalize:
+        norm = x.square().sum(-1, keepdim=True).sqrt()
+        x = x / norm.masked_fill(norm == 0, 1.0)
     if relevance is not None:
-        r = relevance.detach().cpu()
-        x = x * r.double().masked_fill(~torch.isfinite(r), 0.0)[..., None]
-    return x @ x.mT
+        r = relevance.detach().cpu().double()
+        bad = bad | ~torch.isfinite(r)
+        x = x * (r.masked_fill(bad, 0.0) if power == 1 else (r.abs() ** power).masked_fill(bad, 0.0))[..., None]
+    kernel = x @ x.mT
+    kernel.diagonal(dim1=1, dim2=2).add_(ridge * ~bad)
+    return kernel
 
 
 def kernel64_of(kernel: Tensor) -> Tensor:
@@ -256,6 +269,72 @@ def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -
             factor[t] = (K[pick] - factor[:t, pick] @ factor[:t]) / math.sqrt(residual[pick])
             residual = np.maximum(residual - factor[t] ** 2, 0.0)
     return gains
+
+
+def certify_max_min(tokens: Tensor, relevance: Tensor | None, indices: Tensor, *, tol: float = 1e-5) -> Tensor:
+    """Checks farthest points first, step by step: tokens (B, N, D), relevance (B, N) or None, indices (B, k).
+
+    Every pick must be of a residual, relevance * least distance to the picks before (the first: to all other tokens),
+    of at least the largest one of all free tokens, less tol * twice the largest relevance; tokens with NaN or Inf come
+    last, by index. Returns the exact residuals (B, k). Raises AssertionError with the first step that fails.
+    """
+    bad, r = _bad_and_relevance(tokens, relevance)
+    r = r.clamp(min=0)
+    cosines = kernel64(tokens)
+    others = cosines.masked_fill(torch.eye(cosines.shape[1], dtype=torch.bool) | bad[:, None, :], -1.0)
+    start = r * (1 - others.amax(-1)) if cosines.shape[1] else r
+    return _certify_nearest(cosines, r, r, start, bad, indices.cpu(), tol)
+
+
+def certify_mmr(
+    tokens: Tensor, relevance: Tensor, indices: Tensor, balance: float = 0.5, *, tol: float = 1e-5
+) -> Tensor:
+    """The same for maximal marginal relevance, whose residual is its score.
+
+    The tolerance is a share of the reach of the scores: balance * that of the relevance, and 2 * (1 - balance).
+    """
+    bad, r = _bad_and_relevance(tokens, relevance)
+    slope = torch.full_like(r, 1 - balance)
+    return _certify_nearest(kernel64(tokens), balance * r, slope, balance * r, bad, indices.cpu(), tol)
+
+
+def _bad_and_relevance(tokens: Tensor, relevance: Tensor | None) -> tuple[Tensor, Tensor]:
+    bad = reference.bad_rows(tokens).cpu()
+    r = torch.ones(tokens.shape[:2]) if relevance is None else relevance.detach().cpu()
+    bad = bad | ~torch.isfinite(r)
+    return bad, r.double().masked_fill(bad, 0.0)
+
+
+def _certify_nearest(
+    cosines: Tensor, offset: Tensor, slope: Tensor, start: Tensor, bad: Tensor, indices: Tensor, tol: float
+) -> Tensor:
+    """Walks picks of the largest offset - slope * (largest cosine to a pick); `start` is what the first goes by."""
+    assert indices.dtype == torch.int64, f"indices: expected int64, got {indices.dtype}"
+    found = torch.zeros(indices.shape, dtype=torch.float64)
+    for b in range(len(indices)):
+        good = ~bad[b]
+        zero_slope = slope[b].masked_fill(bad[b], 0.0).max() if good.any() else torch.zeros(())
+        reach = (offset[b][good].max() - offset[b][good].min() if good.any() else 0.0) + 2 * zero_slope
+        residual, free = start[b].clone(), torch.ones_like(bad[b])
+        for t, pick in enumerate(indices[b].tolist()):
+            where = f"image {b}, step {t}"
+            assert 0 <= pick < len(free), f"{where}: index {pick} is not in [0, {len(free)})"
+            assert free[pick], f"{where}: token {pick} was already selected"
+            left = free & good
+            if left.any():
+                assert good[pick], f"{where}: picked token {pick}, which is bad, before one that is not"
+                best = int(residual.masked_fill(~left, -math.inf).argmax())
+                assert residual[pick] >= residual[best] - tol * reach, (
+                    f"{where}: picked token {pick} of residual {residual[pick]:.9g}, but token {best} has "
+                    f"{residual[best]:.9g}"
+                )
+                found[b, t] = residual[pick]
+                fresh = offset[b] - slope[b] * cosines[b, pick]
+                residual = fresh if t == 0 else torch.minimum(residual, fresh)
+            else:
+                assert pick == int(free.int().argmax()), f"{where}: bad tokens go by index, got {pick}"
+            free[pick] = False
+    return found
 
 
 def greedy_margin(kernel64: Tensor, k: int) -> float:

@@ -12,6 +12,8 @@ OPS = (
     "gsp",
     "dpp_map",
     "qcsp",
+    "max_min",
+    "mmr",
     "mask_intersect",
     "prune",
     "prune_varlen",
@@ -70,7 +72,7 @@ def arguments(
     elif name == "dpp_map":
         factor = torch.randn(B, N, D, generator=generator)
         values = {"kernel": factor @ factor.mT, "k": k}
-    elif name == "qcsp":
+    elif name in ("qcsp", "max_min", "mmr"):
         values = {"tokens": tokens, "relevance": torch.rand(B, N, generator=generator), "k": k}
     elif name == "mask_intersect":
         ranking = torch.rand(B, N, generator=generator).argsort()[:, : 2 * k]

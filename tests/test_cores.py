@@ -33,10 +33,12 @@ def check(command: list[str], n: int, width: int, k: int, keep: int, dtype: torc
     )
     assert result.returncode == 0, result.stderr.decode()[-3000:]
     output = torch.from_numpy(np.frombuffer(result.stdout, dtype=np.int64).copy())
-    qcsp, dpp, intersect, restrict, mask = output.split([k, k, k, k, n])
+    qcsp, dpp, far, mmr, intersect, restrict, union, mask = output.split([k, k, k, k, k, k, k, n])
     testing.certify(testing.kernel64(tokens, relevance), qcsp[None])
     testing.certify(testing.kernel64(tokens, relevance), dpp[None])
-    for kept in (intersect, restrict):
+    testing.certify_max_min(tokens, relevance, far[None])
+    testing.certify_mmr(tokens, relevance, mmr[None])
+    for kept in (intersect, restrict, union):
         assert kept.tolist() == sorted(set(kept.tolist()))
         assert len(kept) == k
         assert 0 <= int(kept[0]) <= int(kept[-1]) < n

@@ -50,7 +50,9 @@ def test_triton_launchers_get_every_argument_of_the_schema() -> None:
             "bipartite_match": ((x,), {}),
             "gsp": ((x, 6), {"rounds": 2}),
             "dpp_map": ((torch.ones(2, 8, 8), 3), {}),
-            "qcsp": ((x, torch.ones(2, 8), 3), {}),
+            "qcsp": ((x, torch.ones(2, 8), 3), {"power": 2.0}),
+            "max_min": ((x, None, 3), {}),
+            "mmr": ((x, torch.ones(2, 8), 3), {"balance": 0.25}),
             "prune": ((x, None, 3), {"oversample": 1.5}),
             "prune_varlen": ((x[0], torch.tensor([0, 8], dtype=torch.int32), None, [3]), {"combine": "restrict"}),
         }
@@ -115,6 +117,8 @@ def test_fakes_stay_on_the_device_of_their_inputs() -> None:
             "gsp": script_kernels.gsp(x, 30),
             "dpp_map": script_kernels.dpp_map(fake(3, 40, 40), 7),
             "qcsp": script_kernels.qcsp(x, fake(3, 40), 7),
+            "max_min": script_kernels.max_min(x, None, 7),
+            "mmr": script_kernels.mmr(x, fake(3, 40), 7),
             "mask_intersect": script_kernels.mask_intersect(
                 fake(3, 20, dtype=torch.int64), fake(3, 40, dtype=torch.bool), 7
             ),
@@ -128,7 +132,7 @@ def test_fakes_stay_on_the_device_of_their_inputs() -> None:
         assert all(part.device == torch.device("cuda:1") for part in parts), name
         shapes[name] = [(tuple(part.shape), part.dtype) for part in parts]
     picks = [((3, 7), torch.int64), ((3, 7), torch.float32)]
-    assert shapes["dpp_map"] == shapes["qcsp"] == picks
+    assert shapes["dpp_map"] == shapes["qcsp"] == shapes["max_min"] == shapes["mmr"] == picks
     assert shapes["mask_intersect"] == shapes["prune"] == picks[:1]
     assert shapes["prune_varlen"] == [((11,), torch.int64)]
     assert shapes["query_relevance"] == [((3, 40), torch.float32)]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+import script_kernels
 from script_kernels import methods
-from script_kernels.methods import diverse
 from script_kernels.methods.dpp import weighted
 from script_kernels.reference import kernel_matrix, released_prune
 from script_kernels.testing import certify
@@ -99,9 +99,14 @@ def test_the_kernel_of_cdpruner_is_the_one_its_knobs_describe(knobs):
         kernel = x[b] @ x[b].T * ((1 - mix) + mix * r[b][:, None] * r[b])
         assert greedy_holds(kernel, kept[b])
         assert not greedy_holds(kernel, torch.arange(K))
-    rows, weight = weighted(tokens, relevance, knobs.get("power", 1.0), mix, knobs.get("floor", 0.0), "negate" in knobs)
+    made = weighted(tokens, relevance, knobs.get("power", 1.0), mix, knobs.get("floor", 0.0), "negate" in knobs)
     expected = (x @ x.mT) * ((1 - mix) + mix * r[:, :, None] * r[:, None])
-    torch.testing.assert_close(kernel_matrix(rows, weight, dtype=torch.float64), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        kernel_matrix(made.rows, made.relevance.double() ** made.power, dtype=torch.float64),
+        expected,
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 def test_cdpruner_s_order_passes_the_certificate():
@@ -140,7 +145,7 @@ def test_otprune_maximises_its_log_det_greedily():
 
 def test_divprune_is_farthest_point_first():
     tokens, _ = example()
-    order = diverse.max_min_order(tokens, K)
+    order, _ = script_kernels.max_min(tokens, None, K)
     assert torch.equal(order.sort(1).values, methods.select(tokens, None, K, method="divprune"))
     for b in range(B):
         x = tokens[b].double()
@@ -157,7 +162,9 @@ def test_divprune_is_farthest_point_first():
 @pytest.mark.parametrize("balance", [0.0, 0.4, 1.0])
 def test_mmr_trades_relevance_for_similarity(balance):
     tokens, relevance = example()
-    order = diverse.mmr_order(tokens, relevance, K, balance)
+    order, _ = script_kernels.mmr(tokens, relevance, K, balance=balance)
+    kept = methods.select(tokens, relevance, K, method="mmr", balance=balance)
+    assert torch.equal(order.sort(1).values, kept)
     for b in range(B):
         x = tokens[b].double()
         x = x / x.norm(dim=-1, keepdim=True)
@@ -169,8 +176,6 @@ def test_mmr_trades_relevance_for_similarity(balance):
 
 
 def test_script_with_nothing_dropped_is_cdpruner_and_with_no_query_the_op_prune():
-    import script_kernels
-
     tokens, relevance = example()
     same = methods.select(tokens, relevance, K, gsp_drop=0.0)
     assert torch.equal(same, methods.select(tokens, relevance, K, method="cdpruner"))

@@ -227,9 +227,9 @@ STARTS = np.array([0, 3, 6], np.int32)
             "oversample: expected a finite number >= 1, got 0.5",
         ),
         (
-            lambda: script_numpy.prune(X, None, 2, combine="union"),
+            lambda: script_numpy.prune(X, None, 2, combine="both"),
             ValueError,
-            "combine: expected 'intersect' or 'restrict', got 'union'",
+            "combine: expected 'intersect', 'restrict' or 'union', got 'both'",
         ),
         (
             lambda: script_numpy.prune(X, None, 2, gsp_drop=0.9),

@@ -176,7 +176,7 @@ DIMENSIONS = {
     "bipartite_match": {"tokens": "BND"},
     "gsp": {"tokens": "BND"},
     "dpp_map": {"kernel": "BNN"},
-    "qcsp": {"tokens": "BND", "relevance": "BN"},
+    **{name: {"tokens": "BND", "relevance": "BN"} for name in ("qcsp", "max_min", "mmr")},
     "mask_intersect": {"ranking": "BP", "mask": "BN"},
     "prune": {"tokens": "BND", "query": "BQC", "aligned": "BNC", "query_mask": "BQ"},
     "prune_varlen": {"tokens": "TD", "cu_seqlens": "-", "query": "-QC", "aligned": "TC"},

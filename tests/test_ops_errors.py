@@ -99,14 +99,20 @@ def prune_cases(op: str, width: str) -> list[Bad]:
         Bad(op, {"floor": -0.1}, "floor: expected 0 <= floor <= 1, got -0.1"),
         Bad(op, {"floor": 1.5}, "floor: expected 0 <= floor <= 1, got 1.5"),
         Bad(op, {"floor": math.nan}, "floor: expected 0 <= floor <= 1, got nan"),
-        Bad(op, {"combine": "union"}, "combine: expected 'intersect' or 'restrict', got 'union'"),
-        Bad(op, {"combine": ""}, "combine: expected 'intersect' or 'restrict', got ''"),
+        Bad(op, {"combine": "both"}, "combine: expected 'intersect', 'restrict' or 'union', got 'both'"),
+        Bad(op, {"combine": ""}, "combine: expected 'intersect', 'restrict' or 'union', got ''"),
+        Bad(op, {"reduce": "sum"}, "reduce: expected 'mean' or 'max', got 'sum'"),
+        *power_cases(op),
         Bad(op, {"aligned": lambda x: x[0]}, f"aligned: expected shape {width} with C >= 1, got {{shape}}"),
         Bad(op, {"aligned": lambda x: x[..., :0]}, f"aligned: expected shape {width} with C >= 1, got {{shape}}"),
         Bad(op, {"aligned": lambda x: x[:-1]}, f"aligned: expected shape {width} with C >= 1, got {{shape}}"),
         Bad(op, {"aligned": to(torch.float16)}, "aligned: expected float32, got float16", TypeError),
         Bad(op, {"aligned": to(torch.int32)}, "aligned: expected float32, got int32", TypeError),
     ]
+
+
+def power_cases(op: str) -> list[Bad]:
+    return [Bad(op, {"power": bad}, f"power: expected 0 <= power <= 64, got {bad}") for bad in (-0.5, 65.5, math.nan)]
 
 
 UNREACHABLE = "cannot be reached with rounds = {} (a round drops at most half); needs rounds >= {}"
@@ -122,11 +128,20 @@ CASES = [
     *count_cases("gsp", "keep", "N", 19),
     *count_cases("dpp_map", "k", "N", 19),
     *count_cases("qcsp", "k", "N", 19),
+    *count_cases("max_min", "k", "N", 19),
+    *count_cases("mmr", "k", "N", 19),
     *count_cases("mask_intersect", "k", "P", 12),
     *count_cases("prune", "keep", "N", 19),
     *gsp_cases("gsp"),
     *gsp_cases("prune"),
     *gsp_cases("prune_varlen"),
+    *power_cases("qcsp"),
+    Bad("query_relevance", {"reduce": "least"}, "reduce: expected 'mean' or 'max', got 'least'"),
+    *[
+        Bad("qcsp", {"ridge": bad}, f"ridge: expected a finite number >= 0, got {bad}")
+        for bad in (-0.5, math.inf, math.nan)
+    ],
+    *[Bad("mmr", {"balance": bad}, f"balance: expected 0 <= balance <= 1, got {bad}") for bad in (-0.5, 1.5, math.nan)],
     *prune_cases("prune", "(2, 19, C)"),
     *prune_cases("prune_varlen", "(29, C)"),
     Bad("bipartite_match", {"threshold": math.nan}, "threshold: expected a finite number, got nan"),
@@ -183,6 +198,8 @@ CASES += [
             ("bipartite_match", "tokens", (0, 1, 2)),
             ("gsp", "tokens", (0, 1, 2)),
             ("qcsp", "tokens", (0, 1, 2)),
+            ("max_min", "tokens", (0, 1, 2)),
+            ("mmr", "tokens", (0, 1, 2)),
             ("prune", "tokens", (0, 1, 2)),
             ("prune_varlen", "tokens", (0, 1)),
         )

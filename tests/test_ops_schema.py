@@ -10,23 +10,27 @@ from op_cases import OPS
 
 import script_kernels
 from script_kernels import ops
-from script_kernels.options import GspOptions, PruneOptions
+from script_kernels.options import GspOptions, PruneOptions, QcspOptions
 
 FROZEN = """
-query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False) -> Tensor
+query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False, str reduce="mean")
+      -> Tensor
 bipartite_match(Tensor tokens, float threshold=0.2)
       -> (Tensor best, Tensor match, Tensor degree, Tensor mean, Tensor density)
 gsp(Tensor tokens, SymInt keep, *, float threshold=0.2, float gamma=1.0, int min_degree=4, int rounds=1)
       -> (Tensor mask, Tensor redundancy)
 dpp_map(Tensor kernel, SymInt k) -> (Tensor indices, Tensor gains)
-qcsp(Tensor tokens, Tensor relevance, SymInt k) -> (Tensor indices, Tensor gains)
+qcsp(Tensor tokens, Tensor relevance, SymInt k, *, float power=1.0, bool normalize=True, float ridge=0.0)
+      -> (Tensor indices, Tensor gains)
+max_min(Tensor tokens, Tensor? relevance, SymInt k) -> (Tensor indices, Tensor gains)
+mmr(Tensor tokens, Tensor relevance, SymInt k, *, float balance=0.5) -> (Tensor indices, Tensor gains)
 mask_intersect(Tensor ranking, Tensor mask, SymInt k) -> Tensor
 prune(Tensor tokens, Tensor? query, SymInt keep, *, Tensor? aligned=None, Tensor? query_mask=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
-      int min_degree=4, int rounds=1, float floor=0.0) -> Tensor
+      int min_degree=4, int rounds=1, float floor=0.0, float power=1.0, str reduce="mean") -> Tensor
 prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, SymInt[] keep, *, Tensor? aligned=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
-      int min_degree=4, int rounds=1, float floor=0.0) -> Tensor
+      int min_degree=4, int rounds=1, float floor=0.0, float power=1.0, str reduce="mean") -> Tensor
 """
 SCHEMAS = {text.partition("(")[0]: text for text in re.sub(r"\s*\n\s+", " ", FROZEN).strip().split("\n")}
 
@@ -57,7 +61,8 @@ def test_public_function_has_the_schema_s_arguments(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("gsp", GspOptions), ("prune", PruneOptions), ("prune_varlen", PruneOptions)]
+    ("name", "options"),
+    [("gsp", GspOptions), ("qcsp", QcspOptions), ("prune", PruneOptions), ("prune_varlen", PruneOptions)],
 )
 def test_options_are_the_schema_s(name: str, options: type[GspOptions]) -> None:
     """Numbers, flags and strings of an op are the fields of its options, with the same defaults."""

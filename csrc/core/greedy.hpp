@@ -1,12 +1,14 @@
-// Exact greedy MAP of a DPP (diagonally pivoted Cholesky stopped after k pivots), by candidate pools.
+// Exact greedy choice by residuals that only fall, by candidate pools. Greedy MAP of a DPP (diagonally pivoted Cholesky
+// stopped after k pivots) is one such choice, farthest points first another; what a pick does to the residuals of the
+// others is the business of a factor, Cholesky or Nearest.
 //
-// Residual variances only fall. So the residuals are kept exact for a pool of the kPanel best candidates only; while
+// Residuals only fall. So the residuals are kept exact for a pool of the kPanel best candidates only; while
 // the pool's best is ahead of the best candidate outside it, as that stood when the pool was chosen, it is the best of
 // all. When it no longer is, a new pool is chosen, and the new pivots are applied, all at once (a matrix product
 // instead of a pass per pivot), to the panels that may hold a member of it: what a residual was before is an upper
 // bound. Chen et al. 2018 give the row-by-row form; picks here satisfy the same rule at every step.
 //
-// `Source` supplies kernel entries K by position:
+// `Factor` holds the residuals: see cholesky.hpp. `Source` supplies kernel entries K by position:
 //   row_work(): multiply-adds per entry
 //   Source::Rows(k, scratch) takes pivots with append(source, pivots, m, scratch); then .panel(source, p, first, m,
 //   out): out[a][c] = K(pivot first + a, p * kPanel + c) Source::Pool(source, positions, count, scratch), then
@@ -20,7 +22,6 @@
 #include <limits>
 #include <optional>
 
-#include "cholesky.hpp"
 #include "packed.hpp"
 #include "parallel.hpp"
 #include "simd/simd.hpp"
@@ -28,15 +29,10 @@
 
 namespace script::cpu {
 
-// Residuals at or below this fraction of the largest K_ii count as zero: the rank is exhausted. A token equal to the
-// first pick is left with at most 11 half-ulps of its K_jj (one rounding of K_ij = r_i r_j, half of that of K_ii, root,
-// division and product, all of it squared, and K_jj's own), 6.6e-7: below it, whatever the relevances.
-inline constexpr float kRankTolerance = 1e-6f;
-
 inline constexpr uint8_t kNoTier = 254;    // bad tokens: no pivot, picked last
 inline constexpr uint8_t kHoleTier = 255;  // positions without a token
 
-// k picks in greedy order, with the residual variance of each at its pick.
+// k picks in greedy order, with the residual of each at its pick.
 struct Picks {
   int64_t* indices = nullptr;
   float* gains = nullptr;
@@ -45,10 +41,11 @@ struct Picks {
 
 struct GreedyProblem {
   int64_t positions = 0;            // a multiple of kPanel
-  const float* diagonal = nullptr;  // K_ii
+  const float* diagonal = nullptr;  // K_ii, or what else the residuals start from
   const int32_t* ids = nullptr;     // position -> token index; ties go to the lowest index
   const float* priority = nullptr;  // order of the picks past the rank, descending, then by index
   const uint8_t* tier = nullptr;    // 0, 1, kNoTier or kHoleTier: a tier is used up before the next one starts
+  int32_t first = -1;               // the position of a pick that the caller makes before all others, or -1
 };
 
 namespace detail {
@@ -85,16 +82,17 @@ inline int64_t take_by_priority(const GreedyProblem& problem, uint8_t tier, int6
 }
 
 // The pivots so far, and residuals and Cholesky rows of all positions, panel by panel as up to date as they had to be.
-template <typename Source>
+template <typename Source, typename Factor>
 class Panels {
  public:
-  Panels(const Source& source, const GreedyProblem& problem, int64_t k, Scratch& scratch, const Parallel& parallel)
+  Panels(const Source& source, const GreedyProblem& problem, Factor& factor, int64_t k, Scratch& scratch,
+         const Parallel& parallel)
       : source_(source),
         problem_(problem),
         parallel_(parallel),
         count_(problem.positions / kPanel),
         pivot_rows_(k, scratch),
-        factor_(problem.positions, k, scratch),
+        factor_(factor),
         bound_(scratch.take<float>(pad_to_panel(count_), -1.0f)),
         unseen_(scratch.take<float>(pad_to_panel(count_))),
         late_(scratch.take<int32_t>(count_)) {
@@ -106,7 +104,7 @@ class Panels {
   }
 
   int64_t pivots() const { return pivots_; }
-  Cholesky& factor() { return factor_; }
+  Factor& factor() { return factor_; }
 
   // Adds m pivots, whose columns have been written.
   void append(const int32_t* positions, int m, Scratch& scratch) {
@@ -136,11 +134,12 @@ class Panels {
         return size;
       }
       const int64_t lag = pivots_ - factor_.applied[late_[0]];
-      parallel_(late, grain_for(lag * kPanel * (source_.row_work() + pivots_)), [&](int64_t begin, int64_t end) {
-        Scratch local;
-        float* entries = local.take<float>(kPanel * kPanel);
-        for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
-      });
+      parallel_(late, grain_for(lag * kPanel * (source_.row_work() + factor_.entry_work(pivots_))),
+                [&](int64_t begin, int64_t end) {
+                  Scratch local;
+                  float* entries = local.take<float>(kPanel * kPanel);
+                  for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
+                });
       expected = 1.0f;
     }
   }
@@ -185,7 +184,7 @@ class Panels {
   int64_t count_;
   int64_t pivots_ = 0;
   typename Source::Rows pivot_rows_;
-  Cholesky factor_;
+  Factor& factor_;
   float* bound_;  // per panel: no residual in it is larger
   float* unseen_;
   int32_t* late_;
@@ -193,11 +192,10 @@ class Panels {
 };
 
 // The kPanel best candidates of a tier with the kernel among them, conditioned on the pivots before.
-template <typename Source>
+template <typename Source, typename Factor>
 class Pool {
  public:
-  Pool(const Source& source, Panels<Source>& panels, uint8_t tier, Scratch& scratch)
-      : panels_(panels), done_(panels.pivots()) {
+  Pool(const Source& source, Panels<Source, Factor>& panels, uint8_t tier, Scratch& scratch) {
     Candidate heap[kPanel + 1];
     const int64_t found = panels.best_candidates(tier, kPanel + 1, heap);
     size_ = static_cast<int>(std::min<int64_t>(found, kPanel));
@@ -212,15 +210,8 @@ class Pool {
     }
     if (size_ == 0) return;
     source_pool_.emplace(source, positions_, size_, scratch);
-    earlier_ = scratch.take<float>(kPanel * std::max<int64_t>(done_, 1));
-    earlier_panel_ = scratch.take<float>(kPanel * std::max<int64_t>(done_, 1));
+    members_.emplace(panels.factor(), positions_, size_, panels.pivots(), scratch);
     kernel_ = scratch.take<float>(kPanel * kPanel);
-    local_rows_ = scratch.take<float>(kPanel * kPanel);
-    for (int c = 0; c < size_; ++c) {
-      earlier_rows_[c] = earlier_ + c * done_;
-      panels.factor().read_column(positions_[c], done_, earlier_ + c * done_);
-    }
-    simd().pack(earlier_rows_, size_, done_, earlier_panel_);
   }
 
   bool empty() const { return size_ == 0; }
@@ -237,19 +228,9 @@ class Pool {
 
   // Makes the member the next pivot and conditions the others on it.
   void take(int member) {
-    const int64_t pivot = done_ + taken_count_;
-    float* column = panels_.factor().column(pivot);
-    std::copy_n(earlier_rows_[member], done_, column);
-    const float* factor = column + done_;
-    for (int b = 0; b < taken_count_; ++b) column[done_ + b] = local_rows_[b * kPanel + member];
-    float& inverse_diagonal = panels_.factor().inverse_diagonal[pivot];
-    inverse_diagonal = 1.0f / std::sqrt(residual_[member]);
-    taken_[taken_count_] = positions_[member];
-    residual_[member] = -1.0f;
     if (!known_[member]) compute_rows(member);
-    const float* entries = kernel_ + member * kPanel;
-    simd().extend(&entries, 1, &factor, &inverse_diagonal, taken_count_, local_rows_, residual_);
-    ++taken_count_;
+    members_->take(member, kernel_ + member * kPanel, residual_);
+    taken_[taken_count_++] = positions_[member];
   }
 
   // The positions of the pivots taken.
@@ -277,54 +258,53 @@ class Pool {
     }
     float entries[kBatch * kPanel];
     source_pool_->rows(members, m, entries);
-    const float* pointers[kBatch];
-    for (int a = 0; a < m; ++a) pointers[a] = earlier_rows_[members[a]];
-    simd().project(pointers, m, earlier_panel_, done_, entries);
+    members_->condition(members, m, entries);
     for (int a = 0; a < m; ++a) std::copy_n(entries + a * kPanel, kPanel, kernel_ + members[a] * kPanel);
   }
 
-  Panels<Source>& panels_;
-  int64_t done_;
   int taken_count_ = 0;
   int32_t taken_[kPanel];
   std::optional<typename Source::Pool> source_pool_;
+  std::optional<typename Factor::Members> members_;
   int size_ = 0;
   Candidate outside_{-1.0f, std::numeric_limits<int32_t>::max(), -1};
   alignas(64) float residual_[kPanel];
   int32_t ids_[kPanel];
   int32_t positions_[kPanel];
   bool known_[kPanel] = {};
-  float* earlier_ = nullptr;        // [member][done]: the members' columns of the applied Cholesky rows
-  float* earlier_panel_ = nullptr;  // the same as a panel, [done][kPanel]
-  const float* earlier_rows_[kPanel];
-  float* kernel_ = nullptr;      // [member][kPanel], where known_
-  float* local_rows_ = nullptr;  // [pivot of this pool][kPanel]
+  float* kernel_ = nullptr;  // [member][kPanel], where known_
 };
 
 }  // namespace detail
 
-// Writes k picks (no more than there are tokens) in greedy order and the residual variance of each at its pick (0 past
-// the rank).
-template <typename Source>
-void greedy_map(const Source& source, const GreedyProblem& problem, int64_t k, const Picks& picks,
+// Writes k picks (no more than there are tokens) in greedy order and the residual of each at its pick (0 past the
+// rank).
+template <typename Source, typename Factor>
+void greedy_map(const Source& source, const GreedyProblem& problem, Factor& factor, int64_t k, const Picks& picks,
                 const Parallel& parallel) {
   Scratch scratch;
-  detail::Panels<Source> panels(source, problem, k, scratch, parallel);
-  float* residual = panels.factor().residual;
+  detail::Panels<Source, Factor> panels(source, problem, factor, k, scratch, parallel);
+  float* residual = factor.residual;
   int64_t picked = 0;
+  if (problem.first >= 0 && k > 0) {
+    picks.indices[picked] = problem.ids[problem.first];
+    picks.gains[picked++] = residual[problem.first];
+    residual[problem.first] = -1.0f;
+    panels.append(&problem.first, 1, scratch);
+  }
   float largest = 0.0f;
   for (uint8_t tier = 0; tier < 2 && picked < k; ++tier) {
     for (int64_t p = 0; p < problem.positions; ++p) {
       if (problem.tier[p] == tier) largest = std::max(largest, problem.diagonal[p]);
     }
-    const float exhausted_at = kRankTolerance * largest;
+    const float exhausted_at = Factor::kRankTolerance * largest;
     bool exhausted = false;
     while (picked < k && !exhausted) {
       int32_t taken[kPanel];
       int count = 0;
       {
         Scratch pool_scratch;
-        detail::Pool<Source> pool(source, panels, tier, pool_scratch);
+        detail::Pool<Source, Factor> pool(source, panels, tier, pool_scratch);
         if (pool.empty()) break;
         while (picked < k) {
           const int member = pool.best();

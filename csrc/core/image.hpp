@@ -17,9 +17,12 @@ struct Image {
   RowTable rows;
   std::optional<MatchTile> tile;  // the products of the first matching, where they are kept
 
-  // `direction` (may be null): see scan_rows.
-  Image(const TokenView& view, const Parallel& threads, const float* direction = nullptr)
-      : tokens(view), parallel(threads), rows(scan_rows(view, direction, scratch, threads)) {}
+  Image(const TokenView& view, const Parallel& threads)
+      : Image(view, threads, [&](Scratch& s) { return scan_rows(view, nullptr, s, threads); }) {}
+  // scan(scratch): the table of the rows.
+  template <typename Scan>
+  Image(const TokenView& view, const Parallel& threads, const Scan& scan)
+      : tokens(view), parallel(threads), rows(scan(scratch)) {}
 
   // The first matching from here on fills the tile, where it is not too large.
   void keep_products() {

@@ -13,6 +13,9 @@ inline int64_t gsp_keep(int64_t n, double gsp_drop) {
   return n - static_cast<int64_t>(std::floor(gsp_drop * static_cast<double>(n)));
 }
 
+// Tokens of `keep` that are GSP's in a union: half of them, rounded up.
+inline int64_t union_share(int64_t keep) { return (keep + 1) / 2; }
+
 // Length of the ranking that the intersection walks: min(n, ceil(oversample * keep)). An oversample that would overflow
 // the integer asks for everything.
 inline int64_t ranking_size(int64_t n, int64_t keep, double oversample) {

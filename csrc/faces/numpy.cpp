@@ -19,6 +19,8 @@
 #include "core/gsp.hpp"
 #include "core/loop_threads.hpp"
 #include "core/mask_intersect.hpp"
+#include "core/max_min.hpp"
+#include "core/mmr.hpp"
 #include "core/prune.hpp"
 #include "core/prune_varlen.hpp"
 #include "core/qcsp.hpp"
@@ -100,13 +102,15 @@ cpu::QueryBatch query_of(const py::array& query, const std::optional<Array<bool>
 // ---- ops --------------------------------------------------------------------------------------------------------
 
 Array<float> query_relevance(const py::array& tokens, const py::array& query,
-                             const std::optional<Array<bool>>& query_mask, bool negate, int64_t threads) {
+                             const std::optional<Array<bool>>& query_mask, bool negate, const std::string& reduce,
+                             int64_t threads) {
   Array<float> out({tokens.shape(0), tokens.shape(1)});
   float* relevance = out.mutable_data();
   const cpu::TokenBatch batch = batch_of(tokens);
   const cpu::QueryBatch queries = query_of(query, query_mask);
+  const cpu::Reduce how = cpu::reduce_of(reduce);
   WithoutGil release;
-  cpu::query_relevance(batch, queries, negate, relevance, cpu::loop_threads(threads));
+  cpu::query_relevance(batch, queries, negate, how, relevance, cpu::loop_threads(threads));
   return out;
 }
 
@@ -154,18 +158,43 @@ std::tuple<Array<int64_t>, Array<float>> dpp_map(const Array<float>& kernel, int
   return {indices, gains};
 }
 
-std::tuple<Array<int64_t>, Array<float>> qcsp(const py::array& tokens, const Array<float>& relevance, int64_t k,
-                                              int64_t threads) {
+// The k picks of each image by rank(tokens, picks, threads), without the GIL.
+template <typename Rank>
+std::tuple<Array<int64_t>, Array<float>> picks_of(const py::array& tokens, int64_t k, int64_t threads,
+                                                  const Rank& rank) {
   Array<int64_t> indices({tokens.shape(0), static_cast<py::ssize_t>(k)});
   Array<float> gains({tokens.shape(0), static_cast<py::ssize_t>(k)});
   const cpu::Picks picks{indices.mutable_data(), gains.mutable_data()};
   const cpu::TokenBatch batch = batch_of(tokens);
-  const cpu::ValueBatch<float> values = values_of(relevance);
   {
     WithoutGil release;
-    cpu::qcsp(batch, values, k, picks, cpu::loop_threads(threads));
+    rank(batch, picks, cpu::loop_threads(threads));
   }
   return {indices, gains};
+}
+
+std::tuple<Array<int64_t>, Array<float>> qcsp(const py::array& tokens, const Array<float>& relevance, int64_t k,
+                                              double power, bool normalize, double ridge, int64_t threads) {
+  const cpu::ValueBatch<float> values = values_of(relevance);
+  return picks_of(tokens, k, threads, [&](const cpu::TokenBatch& batch, const cpu::Picks& picks, const auto& own) {
+    cpu::qcsp(batch, values, k, picks, own, {power, normalize, ridge});
+  });
+}
+
+std::tuple<Array<int64_t>, Array<float>> max_min(const py::array& tokens, const std::optional<Array<float>>& relevance,
+                                                 int64_t k, int64_t threads) {
+  const cpu::ValueBatch<float> values = relevance.has_value() ? values_of(*relevance) : cpu::ValueBatch<float>{};
+  return picks_of(tokens, k, threads, [&](const cpu::TokenBatch& batch, const cpu::Picks& picks, const auto& own) {
+    cpu::max_min(batch, values, k, picks, own);
+  });
+}
+
+std::tuple<Array<int64_t>, Array<float>> mmr(const py::array& tokens, const Array<float>& relevance, int64_t k,
+                                             double balance, int64_t threads) {
+  const cpu::ValueBatch<float> values = values_of(relevance);
+  return picks_of(tokens, k, threads, [&](const cpu::TokenBatch& batch, const cpu::Picks& picks, const auto& own) {
+    cpu::mmr(batch, values, k, balance, picks, own);
+  });
 }
 
 Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& mask, int64_t k, int64_t threads) {
@@ -179,13 +208,15 @@ Array<int64_t> mask_intersect(const Array<int64_t>& ranking, const Array<bool>& 
   return out;
 }
 
-// (negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor)
-using PruneTuple = std::tuple<bool, double, double, std::string, double, double, int64_t, int64_t, double>;
+// (negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor, power, reduce)
+using PruneTuple =
+    std::tuple<bool, double, double, std::string, double, double, int64_t, int64_t, double, double, std::string>;
 
 cpu::PruneOptions options_of(const PruneTuple& given) {
-  const auto& [negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor] = given;
+  const auto& [negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor, power, reduce] =
+      given;
   const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
-  return {negate, gsp_drop, oversample, combine == "restrict", floor, graph};
+  return {negate, gsp_drop, oversample, cpu::combine_of(combine), floor, power, cpu::reduce_of(reduce), graph};
 }
 
 Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& query, int64_t keep,
@@ -227,6 +258,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("gsp", &gsp);
   m.def("dpp_map", &dpp_map);
   m.def("qcsp", &qcsp);
+  m.def("max_min", &max_min);
+  m.def("mmr", &mmr);
   m.def("mask_intersect", &mask_intersect);
   m.def("prune", &prune);
   m.def("prune_varlen", &prune_varlen);

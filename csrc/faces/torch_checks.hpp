@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -148,6 +149,18 @@ inline void check_count(int64_t count, const char* argument, int64_t limit, cons
                count);
 }
 
+// Raises unless the name is one of "mean" and "max".
+inline void check_reduce(const std::string& reduce) {
+  SCRIPT_CHECK(reduce == "mean" || reduce == "max", "reduce", "'mean' or 'max'", "'", reduce, "'");
+}
+
+// A larger power would leave nothing but the largest relevance.
+inline constexpr double kMostPower = 64.0;
+
+inline void check_power(double power) {
+  SCRIPT_CHECK(0.0 <= power && power <= kMostPower, "power", text("0 <= power <= ", kMostPower), power);
+}
+
 inline void check_gsp_parameters(double threshold, double gamma, int64_t min_degree, int64_t rounds) {
   check_finite(threshold, "threshold");
   check_finite(gamma, "gamma");
@@ -157,12 +170,15 @@ inline void check_gsp_parameters(double threshold, double gamma, int64_t min_deg
 }
 
 // What `prune` and `prune_varlen` share.
-inline void check_prune_parameters(double gsp_drop, double oversample, const std::string& combine, double floor) {
+inline void check_prune_parameters(double gsp_drop, double oversample, const std::string& combine, double floor,
+                                   double power, const std::string& reduce) {
   SCRIPT_CHECK(0.0 <= gsp_drop && gsp_drop < 1.0, "gsp_drop", "0 <= gsp_drop < 1", gsp_drop);
   SCRIPT_CHECK(std::isfinite(oversample) && oversample >= 1.0, "oversample", "a finite number >= 1", oversample);
-  SCRIPT_CHECK(combine == "intersect" || combine == "restrict", "combine", "'intersect' or 'restrict'", "'", combine,
-               "'");
+  SCRIPT_CHECK(combine == "intersect" || combine == "restrict" || combine == "union", "combine",
+               "'intersect', 'restrict' or 'union'", "'", combine, "'");
   SCRIPT_CHECK(0.0 <= floor && floor <= 1.0, "floor", "0 <= floor <= 1", floor);
+  check_power(power);
+  check_reduce(reduce);
 }
 
 inline void check_reachable(int64_t n, int64_t keep, int64_t rounds, const std::string& asked) {
@@ -174,14 +190,24 @@ inline void check_reachable(int64_t n, int64_t keep, int64_t rounds, const std::
                                 " (a round drops at most half)", way));
 }
 
-inline void check_drop_reachable(int64_t n, double gsp_drop, int64_t rounds) {
+// Whether GSP gets to what prune asks of it; `argument` is how the message calls `keep`.
+inline void check_drop_reachable(int64_t n, const std::string& argument, int64_t keep, const std::string& combine,
+                                 double gsp_drop, int64_t rounds) {
+  if (combine == "union") {
+    const int64_t share = cpu::union_share(keep);
+    const int64_t most = std::max(rounds, std::min(cpu::rounds_needed(n, share), cpu::kMostRounds));
+    check_reachable(n, share, most, text(argument, ": the half of ", keep, " that GSP keeps in a union, ", share, ","));
+    return;
+  }
   const int64_t kept = cpu::gsp_keep(n, gsp_drop);
   check_reachable(n, kept, rounds, text("gsp_drop: ", gsp_drop, " keeps ", kept, ", which"));
 }
 
-inline void check_query_relevance(const Tensor& tokens, const Tensor& query, const std::optional<Tensor>& query_mask) {
+inline void check_query_relevance(const Tensor& tokens, const Tensor& query, const std::optional<Tensor>& query_mask,
+                                  const std::string& reduce) {
   check_tokens(tokens);
   check_query(query, query_mask, tokens.size(0), tokens, tokens.size(2));
+  check_reduce(reduce);
 }
 
 inline void check_bipartite_match(const Tensor& tokens, double threshold) {
@@ -204,13 +230,27 @@ inline void check_dpp_map(const Tensor& kernel, int64_t k) {
   check_count(k, "k", kernel.size(1), "N");
 }
 
-inline void check_qcsp(const Tensor& tokens, const Tensor& relevance, int64_t k) {
+// Tokens, a relevance for each, and how many to pick: what all rankings from tokens take.
+inline void check_ranked(const Tensor& tokens, const std::optional<Tensor>& relevance, int64_t k) {
   check_tokens(tokens);
-  check_shape(relevance, "relevance", {tokens.size(0), tokens.size(1)},
-              text("(", tokens.size(0), ", ", tokens.size(1), ")"));
-  check_dtype(relevance, "relevance", ScalarType::Float);
-  check_device(relevance, "relevance", tokens, "tokens");
+  if (relevance.has_value()) {
+    check_shape(*relevance, "relevance", {tokens.size(0), tokens.size(1)},
+                text("(", tokens.size(0), ", ", tokens.size(1), ")"));
+    check_dtype(*relevance, "relevance", ScalarType::Float);
+    check_device(*relevance, "relevance", tokens, "tokens");
+  }
   check_count(k, "k", tokens.size(1), "N");
+}
+
+inline void check_qcsp(const Tensor& tokens, const Tensor& relevance, int64_t k, double power, double ridge) {
+  check_ranked(tokens, relevance, k);
+  check_power(power);
+  SCRIPT_CHECK(std::isfinite(ridge) && ridge >= 0.0, "ridge", "a finite number >= 0", ridge);
+}
+
+inline void check_mmr(const Tensor& tokens, const Tensor& relevance, int64_t k, double balance) {
+  check_ranked(tokens, relevance, k);
+  SCRIPT_CHECK(0.0 <= balance && balance <= 1.0, "balance", "0 <= balance <= 1", balance);
 }
 
 inline void check_mask_intersect(const Tensor& ranking, const Tensor& mask, int64_t k) {
@@ -227,7 +267,7 @@ inline void check_mask_intersect(const Tensor& ranking, const Tensor& mask, int6
 inline void check_prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
                         const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, double gsp_drop,
                         double oversample, const std::string& combine, double threshold, double gamma,
-                        int64_t min_degree, int64_t rounds, double floor) {
+                        int64_t min_degree, int64_t rounds, double floor, double power, const std::string& reduce) {
   check_tokens(tokens);
   const int64_t batch = tokens.size(0), n = tokens.size(1);
   check_count(keep, "keep", n, "N");
@@ -240,16 +280,17 @@ inline void check_prune(const Tensor& tokens, const std::optional<Tensor>& query
     }
     check_query(*query, query_mask, batch, tokens, aligned.has_value() ? aligned->size(2) : tokens.size(2));
   }
-  check_prune_parameters(gsp_drop, oversample, combine, floor);
+  check_prune_parameters(gsp_drop, oversample, combine, floor, power, reduce);
   check_gsp_parameters(threshold, gamma, min_degree, rounds);
-  check_drop_reachable(n, gsp_drop, rounds);
+  check_drop_reachable(n, "keep", keep, combine, gsp_drop, rounds);
 }
 
 // Everything that can be told without the values of cu_seqlens.
 inline void check_prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::optional<Tensor>& query,
                                const std::vector<int64_t>& keep, const std::optional<Tensor>& aligned, double gsp_drop,
                                double oversample, const std::string& combine, double threshold, double gamma,
-                               int64_t min_degree, int64_t rounds, double floor) {
+                               int64_t min_degree, int64_t rounds, double floor, double power,
+                               const std::string& reduce) {
   SCRIPT_CHECK(tokens.dim() == 2 && tokens.size(1) >= 1, "tokens", "shape (T, D) with D >= 1", shape_text(tokens));
   check_floating(tokens, "tokens");
   SCRIPT_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens", "shape (S + 1,)",
@@ -268,14 +309,15 @@ inline void check_prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, c
     }
     check_query(*query, std::nullopt, segments, tokens, aligned.has_value() ? aligned->size(1) : tokens.size(1));
   }
-  check_prune_parameters(gsp_drop, oversample, combine, floor);
+  check_prune_parameters(gsp_drop, oversample, combine, floor, power, reduce);
   check_gsp_parameters(threshold, gamma, min_degree, rounds);
 }
 
 // The values of cu_seqlens (on the CPU, S + 1 of them, `stride` apart) against the tokens and `keep`: returns them
 // widened.
 inline std::vector<int64_t> check_segments(const int32_t* cu_seqlens, int64_t stride, int64_t total,
-                                           const std::vector<int64_t>& keep, double gsp_drop, int64_t rounds) {
+                                           const std::vector<int64_t>& keep, const std::string& combine,
+                                           double gsp_drop, int64_t rounds) {
   std::vector<int64_t> starts(keep.size() + 1);
   for (size_t s = 0; s < starts.size(); ++s) starts[s] = cu_seqlens[static_cast<int64_t>(s) * stride];
   SCRIPT_CHECK(starts.front() == 0, "cu_seqlens", "a start at 0", starts.front());
@@ -292,7 +334,7 @@ inline std::vector<int64_t> check_segments(const int32_t* cu_seqlens, int64_t st
     }
     SCRIPT_CHECK(1 <= keep[s] && keep[s] <= length, name, text("1 <= ", name, " <= ", length, ", the segment's length"),
                  keep[s]);
-    check_drop_reachable(length, gsp_drop, rounds);
+    check_drop_reachable(length, name, keep[s], combine, gsp_drop, rounds);
   }
   return starts;
 }

@@ -13,6 +13,8 @@
 #include "core/dpp_map.hpp"
 #include "core/gsp.hpp"
 #include "core/mask_intersect.hpp"
+#include "core/max_min.hpp"
+#include "core/mmr.hpp"
 #include "core/prune.hpp"
 #include "core/prune_varlen.hpp"
 #include "core/qcsp.hpp"
@@ -114,11 +116,13 @@ cpu::Threads threads() { return {static_cast<int64_t>(torch::stable::get_num_thr
 
 // ---- ops --------------------------------------------------------------------------------------------------------
 
-Tensor query_relevance(const Tensor& tokens, const Tensor& query, const std::optional<Tensor>& query_mask,
-                       bool negate) {
-  check_query_relevance(tokens, query, query_mask);
+Tensor query_relevance(const Tensor& tokens, const Tensor& query, const std::optional<Tensor>& query_mask, bool negate,
+                       StringHandle reduce_handle) {
+  const std::string reduce = OwnedString(reduce_handle).text();
+  check_query_relevance(tokens, query, query_mask, reduce);
   Tensor out = empty({tokens.size(0), tokens.size(1)}, ScalarType::Float);
-  cpu::query_relevance(batch_of(tokens), query_of(query, query_mask), negate, out.mutable_data_ptr<float>(), threads());
+  cpu::query_relevance(batch_of(tokens), query_of(query, query_mask), negate, cpu::reduce_of(reduce),
+                       out.mutable_data_ptr<float>(), threads());
   return out;
 }
 
@@ -162,10 +166,26 @@ std::tuple<Tensor, Tensor> dpp_map(const Tensor& kernel, int64_t k) {
   return {out.indices, out.gains};
 }
 
-std::tuple<Tensor, Tensor> qcsp(const Tensor& tokens, const Tensor& relevance, int64_t k) {
-  check_qcsp(tokens, relevance, k);
+std::tuple<Tensor, Tensor> qcsp(const Tensor& tokens, const Tensor& relevance, int64_t k, double power, bool normalize,
+                                double ridge) {
+  check_qcsp(tokens, relevance, k, power, ridge);
   PickTensors out(tokens.size(0), k);
-  cpu::qcsp(batch_of(tokens), values_of<float>(relevance), k, out.picks(), threads());
+  cpu::qcsp(batch_of(tokens), values_of<float>(relevance), k, out.picks(), threads(), {power, normalize, ridge});
+  return {out.indices, out.gains};
+}
+
+std::tuple<Tensor, Tensor> max_min(const Tensor& tokens, const std::optional<Tensor>& relevance, int64_t k) {
+  check_ranked(tokens, relevance, k);
+  PickTensors out(tokens.size(0), k);
+  const cpu::ValueBatch<float> values = relevance.has_value() ? values_of<float>(*relevance) : cpu::ValueBatch<float>{};
+  cpu::max_min(batch_of(tokens), values, k, out.picks(), threads());
+  return {out.indices, out.gains};
+}
+
+std::tuple<Tensor, Tensor> mmr(const Tensor& tokens, const Tensor& relevance, int64_t k, double balance) {
+  check_mmr(tokens, relevance, k, balance);
+  PickTensors out(tokens.size(0), k);
+  cpu::mmr(batch_of(tokens), values_of<float>(relevance), k, balance, out.picks(), threads());
   return {out.indices, out.gains};
 }
 
@@ -181,17 +201,18 @@ Tensor mask_intersect(const Tensor& ranking, const Tensor& mask, int64_t k) {
 Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
              const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, bool negate,
              double gsp_drop, double oversample, StringHandle combine_handle, double threshold, double gamma,
-             int64_t min_degree, int64_t rounds, double floor) {
-  const OwnedString owned(combine_handle);
-  const std::string combine = owned.text();
+             int64_t min_degree, int64_t rounds, double floor, double power, StringHandle reduce_handle) {
+  const OwnedString owned(combine_handle), owned_reduce(reduce_handle);
+  const std::string combine = owned.text(), reduce = owned_reduce.text();
   check_prune(tokens, query, keep, aligned, query_mask, gsp_drop, oversample, combine, threshold, gamma, min_degree,
-              rounds, floor);
+              rounds, floor, power, reduce);
   Tensor out = empty({tokens.size(0), keep}, ScalarType::Long);
   cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
   const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
-  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor, graph};
+  const cpu::PruneOptions options{
+      negate, gsp_drop, oversample, cpu::combine_of(combine), floor, power, cpu::reduce_of(reduce), graph};
   cpu::prune(batch, keep, options, out.mutable_data_ptr<int64_t>(), threads());
   return out;
 }
@@ -199,13 +220,13 @@ Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t k
 Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::optional<Tensor>& query,
                     std::vector<int64_t> keep, const std::optional<Tensor>& aligned, bool negate, double gsp_drop,
                     double oversample, StringHandle combine_handle, double threshold, double gamma, int64_t min_degree,
-                    int64_t rounds, double floor) {
-  const OwnedString owned(combine_handle);
-  const std::string combine = owned.text();
+                    int64_t rounds, double floor, double power, StringHandle reduce_handle) {
+  const OwnedString owned(combine_handle), owned_reduce(reduce_handle);
+  const std::string combine = owned.text(), reduce = owned_reduce.text();
   check_prune_varlen(tokens, cu_seqlens, query, keep, aligned, gsp_drop, oversample, combine, threshold, gamma,
-                     min_degree, rounds, floor);
+                     min_degree, rounds, floor, power, reduce);
   const std::vector<int64_t> starts = check_segments(cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.stride(0),
-                                                     tokens.size(0), keep, gsp_drop, rounds);
+                                                     tokens.size(0), keep, combine, gsp_drop, rounds);
   int64_t total = 0;
   for (const int64_t count : keep) total += count;
   Tensor out = empty({total}, ScalarType::Long);
@@ -213,7 +234,8 @@ Tensor prune_varlen(const Tensor& tokens, const Tensor& cu_seqlens, const std::o
   if (query.has_value()) packed.query = query_of(*query, std::nullopt);
   if (aligned.has_value()) packed.aligned = rows_of(*aligned);
   const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
-  const cpu::PruneOptions options{negate, gsp_drop, oversample, combine == "restrict", floor, graph};
+  const cpu::PruneOptions options{
+      negate, gsp_drop, oversample, cpu::combine_of(combine), floor, power, cpu::reduce_of(reduce), graph};
   cpu::prune_varlen(packed, starts, keep, options, out.mutable_data_ptr<int64_t>(), threads());
   return out;
 }
@@ -227,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(script, CPU, m) {
   m.impl("gsp", TORCH_BOX(&script::gsp));
   m.impl("dpp_map", TORCH_BOX(&script::dpp_map));
   m.impl("qcsp", TORCH_BOX(&script::qcsp));
+  m.impl("max_min", TORCH_BOX(&script::max_min));
+  m.impl("mmr", TORCH_BOX(&script::mmr));
   m.impl("mask_intersect", TORCH_BOX(&script::mask_intersect));
   m.impl("prune", TORCH_BOX(&script::prune));
   m.impl("prune_varlen", TORCH_BOX(&script::prune_varlen));

@@ -1,4 +1,4 @@
-// The steps of greedy MAP: see level.cpp.
+// The steps of greedy MAP and its relatives: see level.cpp.
 #pragma once
 
 #include "vectors.hpp"
@@ -108,6 +108,20 @@ float extend(const float* const* entries, int m, const float* const* factor, con
   Vec top = load<Vec>(residual);
   SCRIPT_UNROLL(16)
   for (int v = 1; v < kPanelVectors; ++v) top = max(load<Vec>(residual + v * kFloats), top);
+  return largest_lane(top)[0];
+}
+
+float lower(const float* const* entries, int m, const float* offset, const float* slope, float* residual) {
+  Vec top = splat(-1.0f);
+  for (int c = 0; c < kPanel; c += kFloats) {
+    Vec nearest = load<Vec>(entries[0] + c);
+    for (int a = 1; a < m; ++a) nearest = max(load<Vec>(entries[a] + c), nearest);
+    const Vec left = load<Vec>(residual + c);
+    const Vec value = max(load<Vec>(offset + c) - load<Vec>(slope + c) * nearest, Vec{});
+    const Vec lowered = value < left ? value : left;  // a taken column keeps its mark
+    store(residual + c, lowered);
+    top = max(lowered, top);
+  }
   return largest_lane(top)[0];
 }
 

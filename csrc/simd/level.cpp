@@ -54,6 +54,7 @@ constexpr SimdOps make_ops() {
   ops.match = match;
   ops.project = project;
   ops.extend = extend;
+  ops.lower = lower;
   ops.argmax = argmax;
   ops.take = take;
   return ops;

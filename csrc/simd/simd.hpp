@@ -91,6 +91,9 @@ struct SimdOps {
   // it. Returns the largest residual of the panel.
   float (*extend)(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
                   int64_t done, float* rows, float* residual);
+  // Lowers each residual of a panel to offset - slope * the largest of the m > 0 entries of its column, and that to 0
+  // at least; a column with a negative one (taken) keeps it. entries[a][kPanel], as of `extend`. Returns the largest.
+  float (*lower)(const float* const* entries, int m, const float* offset, const float* slope, float* residual);
   // Lowest index of the largest of n > 0 values, none of them NaN; n is a multiple of kGroup.
   int64_t (*argmax)(const float* x, int64_t n);
   // Takes the largest residual of a panel, of equals the one of lowest id; it then stands at -1. ids are distinct

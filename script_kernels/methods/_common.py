@@ -11,8 +11,7 @@ from ..options import check_finite, check_int
 
 def check(tokens: Tensor, relevance: Tensor | None, keep: int) -> None:
     """Raises ValueError or TypeError for arguments that no method takes."""
-    checks.bipartite_match(tokens, 0.0)
-    checks.qcsp(tokens, ones(tokens) if relevance is None else relevance, keep)
+    checks.max_min(tokens, relevance, keep)
 
 
 def number(value: float, argument: str, low: float = -math.inf, high: float = math.inf) -> float:
@@ -61,28 +60,10 @@ def relevance_of(
 ) -> Tensor:
     """Relevance (B, N) in [0, 1] of tokens (B, N, C) to query vectors (B or 1, Q, C), masked (B or 1, Q).
 
-    reduce "mean" is `script_kernels.query_relevance`, the mean cosine min-max scaled over the image's tokens; "max"
-    takes the largest cosine instead, so that one word that fits is not averaged away.
+    `script_kernels.query_relevance` by the name that the integrations use: reduce "max" takes the largest cosine
+    instead of the mean, so that one word that fits is not averaged away.
 
     Raises:
-        ValueError, TypeError: what `query_relevance` raises, or another `reduce`.
+        ValueError, TypeError: what `query_relevance` raises.
     """
-    if reduce not in ("mean", "max"):
-        raise ValueError(f"reduce: expected 'mean' or 'max', got {reduce!r}")
-    if reduce == "mean":
-        return query_relevance(tokens, query, query_mask, negate=negate)
-    checks.query_relevance(tokens, query, query_mask, negate)
-    if query.shape[1] == 0:
-        return ones(tokens)
-    score = unit(tokens) @ unit(query).mT
-    if query_mask is not None:
-        score = score.masked_fill(~query_mask[:, None], -2.0)  # below any cosine
-    largest, good = score.amax(-1), finite(tokens)
-    largest = -largest if negate else largest
-    if tokens.shape[1] == 0:
-        return largest
-    low = largest.masked_fill(~good, math.inf).amin(1, keepdim=True)
-    high = largest.masked_fill(~good, -math.inf).amax(1, keepdim=True)
-    flat = high - low <= 1e-6
-    scaled = torch.where(flat, 1.0, (largest - low) / torch.where(flat, 1.0, high - low))
-    return scaled.masked_fill(~good, 0.0)
+    return query_relevance(tokens, query, query_mask, reduce=reduce, negate=negate)

@@ -1,7 +1,8 @@
 """Greedy MAP of a DPP, on the op `qcsp`: what differs is the rows and the relevance that go in.
 
-The op's kernel is L = diag(r) S diag(r) with S the cosines of the rows. Any kernel of the form M Mᵀ is that of the rows
-of M with their norms as relevance, so a power, a floor, a mixture and raw norms need no op of their own.
+The op's kernel is diag(p) S diag(p) + ridge I, p a power of the relevance and S the cosines of the rows or their raw
+products. Any kernel of the form M Mᵀ is that of the rows of M with their norms as relevance, so that a mixture needs no
+op of its own.
 """
 
 import math
@@ -11,45 +12,48 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dpp_map, gsp, mask_intersect, qcsp
-from ..options import PruneOptions, rounds_needed
+from .. import gsp, mask_intersect, qcsp
+from ..options import COMBINE, PruneOptions, rounds_needed, union_share
 from ._common import check, finite, number, ones, unit
 
 FEWEST = 16  # GSP stops at one token in so many, which takes it some 15 rounds; one in 500 would take 200
-COMBINE = ("intersect", "restrict", "union")
+
+
+class Weighted(NamedTuple):
+    """What `qcsp` makes a kernel of."""
+
+    rows: Tensor
+    relevance: Tensor
+    power: float
 
 
 def weighted(
     tokens: Tensor, relevance: Tensor | None, power: float, mix: float, floor: float, negate: bool
-) -> tuple[Tensor, Tensor]:
-    """Rows and relevance whose qcsp kernel is (1 - mix) S + mix diag(p) S diag(p), p = (floor + (1 - floor) r)^power.
+) -> Weighted:
+    """What gives `qcsp` the kernel (1 - mix) S + mix diag(p) S diag(p), p = (floor + (1 - floor) r)^power.
 
     With relevance in [0, 1]; `negate` takes 1 - r for r.
     """
     power, mix = number(power, "power", 0.0, 64.0), number(mix, "mix", 0.0, 1.0)
     floor = number(floor, "floor", 0.0, 1.0)
     if relevance is None:
-        return tokens, ones(tokens)
+        return Weighted(tokens, ones(tokens), 1.0)
     r = relevance
     if negate:
         r = 1 - r
     if floor or power != 1:
-        r = (floor + (1 - floor) * r).clamp(min=0) ** power
+        r = (floor + (1 - floor) * r).clamp(min=0)
     if mix == 1:
-        return tokens, r
+        return Weighted(tokens, r, power)
+    r = r**power
     x = unit(tokens)
     rows = torch.cat([math.sqrt(1 - mix) * x, math.sqrt(mix) * r[..., None] * x], -1)
-    return rows, torch.sqrt((1 - mix) + mix * r * r)
+    return Weighted(rows, torch.sqrt((1 - mix) + mix * r * r), 1.0)
 
 
-def ranking(tokens: Tensor, relevance: Tensor, k: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """QCSP's order and gains (B, k) for the kernel L + ridge * I; with a ridge by `dpp_map`, on N x N floats."""
-    if number(ridge, "ridge", 0.0) == 0:
-        return qcsp(tokens, relevance, k)
-    rows = unit(tokens) * relevance[..., None]
-    kernel = rows @ rows.mT + ridge * torch.eye(tokens.shape[1], device=tokens.device)
-    kernel.diagonal(dim1=1, dim2=2).masked_fill_(~finite(tokens), math.nan)
-    return dpp_map(kernel, k)
+def ranking(given: Weighted, k: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """QCSP's order and gains (B, k) for the kernel L + ridge * I."""
+    return qcsp(given.rows, given.relevance, k, power=given.power, ridge=number(ridge, "ridge", 0.0))
 
 
 class Stages(NamedTuple):
@@ -81,16 +85,18 @@ def script_stages(
     check(tokens, relevance, keep)
     if combine not in COMBINE:
         raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
-    given = PruneOptions(combine="restrict" if combine == "union" else combine, **options)
+    if "reduce" in options:
+        raise TypeError("reduce: expected in `relevance_of`, got it in a method, which is given the relevance")
+    given = PruneOptions(combine=combine, **options)
     given.check()
     N = tokens.shape[1]
     graph = {name: getattr(given, name) for name in ("threshold", "gamma", "min_degree")}
-    rows, r = weighted(tokens, relevance, power, mix, floor, negate)
+    kernel = weighted(tokens, relevance, power, mix, floor, negate)
     if combine == "union":
-        half = (keep + 1) // 2
+        half = union_share(keep)
         mask, redundancy = gsp(tokens, half, rounds=max(given.rounds, rounds_needed(N, half)), **graph)
         done("gsp")
-        order, gains = ranking(rows, r, keep, ridge)
+        order, gains = ranking(kernel, keep, ridge)
         done("qcsp")
         # GSP's own first, then the order's others: rank GSP's half before everything.
         first = torch.where(mask, 0, 2)
@@ -100,7 +106,7 @@ def script_stages(
         done("join")
         return Stages(mask, redundancy, order, gains, kept)
     if survivors is None:
-        given.check_drop(N)
+        given.check_drop(N, keep)
         left, rounds = given.gsp_keep(N), given.rounds
     else:
         left = min(N, max(math.ceil(number(survivors, "survivors", 1.0) * keep), -(-N // FEWEST)))
@@ -108,7 +114,7 @@ def script_stages(
     mask, redundancy = gsp(tokens, left, rounds=rounds, **graph)
     done("gsp")
     if combine == "intersect":
-        order, gains = ranking(rows, r, given.ranked(N, keep), ridge)
+        order, gains = ranking(kernel, given.ranked(N, keep), ridge)
         done("qcsp")
         kept = mask_intersect(order, mask, keep)
         done("join")
@@ -116,8 +122,8 @@ def script_stages(
     if left < keep:
         raise ValueError(f"keep: expected keep <= {left}, which gsp_drop leaves to 'restrict', got {keep}")
     where = (~mask).byte().argsort(dim=1, stable=True)[:, :left]  # unlike nonzero, without waiting for a GPU
-    own = rows.gather(1, where[..., None].expand(-1, -1, rows.shape[2]))
-    picks, gains = ranking(own, r.gather(1, where), keep, ridge)
+    own = kernel.rows.gather(1, where[..., None].expand(-1, -1, kernel.rows.shape[2]))
+    picks, gains = ranking(Weighted(own, kernel.relevance.gather(1, where), kernel.power), keep, ridge)
     order = where.gather(1, picks)
     done("qcsp")
     kept = order.sort(1).values
@@ -176,14 +182,13 @@ def cdpruner(
 ) -> Tensor:
     """CDPruner (arXiv 2506.10967): greedy MAP with kernel diag(r) S diag(r), and no graph stage."""
     check(tokens, relevance, keep)
-    rows, r = weighted(tokens, relevance, power, mix, floor, negate)
-    return ranking(rows, r, keep, ridge)[0].sort(1).values
+    return ranking(weighted(tokens, relevance, power, mix, floor, negate), keep, ridge)[0].sort(1).values
 
 
 def dpp(tokens: Tensor, relevance: Tensor | None, keep: int, *, ridge: float = 0.0) -> Tensor:
     """Greedy MAP with kernel S: the diversity of CDPruner without a question."""
     check(tokens, relevance, keep)
-    return ranking(tokens, ones(tokens), keep, ridge)[0].sort(1).values
+    return ranking(Weighted(tokens, ones(tokens), 1.0), keep, ridge)[0].sort(1).values
 
 
 def resprune(tokens: Tensor, relevance: Tensor | None, keep: int, *, alpha: float = 1.0) -> Tensor:
@@ -193,12 +198,8 @@ def resprune(tokens: Tensor, relevance: Tensor | None, keep: int, *, alpha: floa
     """
     check(tokens, relevance, keep)
     alpha = number(alpha, "alpha", 0.0, 64.0)
-    good = finite(tokens)
-    x = tokens.float().masked_fill(~good[..., None], 0.0)
-    largest = x.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    norm = (x / largest).norm(dim=-1)
-    r = ones(tokens) if relevance is None else relevance.clamp(min=0) ** (alpha / 2)
-    return qcsp(tokens, r * norm, keep)[0].sort(1).values
+    r = ones(tokens) if relevance is None else relevance.clamp(min=0)
+    return qcsp(tokens, r, keep, power=alpha / 2, normalize=False)[0].sort(1).values
 
 
 def otprune(tokens: Tensor, relevance: Tensor | None, keep: int, *, gamma: float = 0.01) -> Tensor:
@@ -212,7 +213,5 @@ def otprune(tokens: Tensor, relevance: Tensor | None, keep: int, *, gamma: float
     x = tokens.float().masked_fill(~good[..., None], 0.0)
     norm = x.norm(dim=1, keepdim=True)
     x = torch.where(norm > 0, x / norm, 0.0)
-    gram = x @ x.mT
-    kernel = gamma * (gram @ gram.mT) + torch.eye(x.shape[1], device=x.device)
-    kernel.diagonal(dim1=1, dim2=2).masked_fill_(~good, math.nan)  # dpp_map takes such tokens last
-    return dpp_map(kernel, keep)[0].sort(1).values
+    gram = (x @ x.mT).masked_fill(~good[..., None], math.nan)  # such tokens go last
+    return qcsp(gram, math.sqrt(gamma) * ones(gram), keep, normalize=False, ridge=1.0)[0].sort(1).values

@@ -1,13 +1,16 @@
 // The torch-free cores as a program of their own, for sanitizers and for other processors. `level` prints the SIMD
 // level in use. Else it reads from standard input: int64 n, width, k, keep, dtype (0 fp32, 1 bf16, 2 fp16), then n *
 // width elements and n relevances (fp32). Writes int64: the picks of qcsp (k), of dpp_map on the n x n kernel of the
-// first core's products (k), of prune with the first two tokens as the query, "intersect" with two rounds of GSP (k)
-// and "restrict" (k); then n mask entries of gsp at `keep`.
+// first core's products (k), of max_min (k), of mmr (k), of prune with the first two tokens as the query: "intersect"
+// with two rounds of GSP (k), "restrict" (k), and "union" by the largest cosine (k); then n mask entries of gsp at
+// `keep`.
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
 #include "core/dpp_map.hpp"
+#include "core/max_min.hpp"
+#include "core/mmr.hpp"
 #include "core/prune.hpp"
 
 namespace cpu = script::cpu;
@@ -59,9 +62,16 @@ int main(int argc, char** argv) {
     write(picks);
   }
 
+  cpu::max_min(tokens, {relevance.data()}, k, out, cpu::serial);
+  write(picks);
+  cpu::mmr(tokens, {relevance.data()}, k, 0.5, out, cpu::serial);
+  write(picks);
+
   const cpu::Query query{{data.data(), dtype, n < 2 ? n : 2, width, width, 1}, nullptr, 0};
-  for (const bool restrict : {false, true}) {
-    const cpu::PruneOptions options{false, n > 2 ? 0.5 : 0.0, 2.0, restrict, 0.3, {0.2f, 1.0f, 4, 2}};
+  for (const auto combine : {cpu::Combine::kIntersect, cpu::Combine::kRestrict, cpu::Combine::kUnion}) {
+    const auto reduce = combine == cpu::Combine::kUnion ? cpu::Reduce::kMax : cpu::Reduce::kMean;
+    const cpu::GspOptions graph{0.2f, 1.0f, 4, 2};
+    const cpu::PruneOptions options{false, n > 2 ? 0.5 : 0.0, 2.0, combine, 0.3, 1.0, reduce, graph};
     cpu::prune({tokens, std::nullopt, query}, k, options, picks.data(), cpu::serial);
     write(picks);
   }

@@ -48,13 +48,17 @@ def test_relevance_of_adversarial_tokens(dtype, name):
 
 @pytest.mark.parametrize("dtype", first_only)
 @pytest.mark.parametrize(
-    ("n", "d"), [(21, 70), *(pytest.param(n, d, marks=slow) for n, d in ((1, 5), (63, 70), (140, 33)))]
+    ("n", "d"), [(21, 70), *(pytest.param(n, d, marks=slow) for n, d in ((2, 5), (63, 70), (140, 33)))]
 )
 def test_match(dtype, n, d):
     """Rows of 70 and 33 are not whole multiples of anything: copies to shared memory are masked."""
     tokens = testing.make_tokens("clustered", 2, n, d, dtype=dtype)
-    threshold = testing.gap_threshold(tokens) if n > 1 else 0.5
-    test_bipartite_match.assert_match(PtxBackend(seed=n), tokens, threshold)
+    test_bipartite_match.assert_match(PtxBackend(seed=n), tokens, testing.gap_threshold(tokens))
+
+
+@slow
+def test_match_of_one_token():
+    test_bipartite_match.test_one_token(PtxBackend(seed=1))
 
 
 @slow

@@ -14,7 +14,7 @@ SINGLE_WORK = 50_000  # N * picks up to which one program per image serves; by a
 EXTRA_ROUNDS = 3  # one per level whose rank can run out
 
 # Columns per program -> warps, rows of C read at once, registers per thread.
-BLOCKS = {64: (2, 16, 128), 256: (4, 16, 168), 1024: (8, 12, 255), 2048: (16, 4, 128)}
+BLOCKS = {64: (2, 64, 255), 256: (4, 32, 255), 1024: (8, 12, 255), 2048: (8, 8, 255)}
 # Widths that the dispatch knows of, few, for each is a compilation: of the only program of an image, and of several
 # that share one. Packed segments have lengths that the host does not know: even a short one may count as shared.
 SINGLE, SHARED = (256, 1024, 2048), (64, 256, 2048)
@@ -49,6 +49,16 @@ class Stage:
     features: bool  # rows of L come from the tokens
     above: int  # lengths above < n <= upto
     upto: int
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Warps, rows of C read at once, registers per thread."""
+        return (FEATURE_BLOCKS if self.features else BLOCKS)[self.plan.columns]
+
+    @property
+    def neighbours(self) -> int:
+        """Rows of C side by side in memory: four, for one load of a thread, unless threads are without a column."""
+        return 4 if self.plan.columns >= 32 * self.block[0] else 1
 
 
 def plan_greedy(

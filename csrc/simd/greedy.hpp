@@ -7,8 +7,8 @@ namespace script::cpu {
 namespace {
 
 // A taken column (negative residual) keeps its mark; rounding below zero, or NaN, counts as explained.
-inline Vec lower_residual(Vec residual, Vec explained) {
-  return residual < Vec{} ? residual : max(residual - explained, Vec{});
+inline Vec lower_residual(Vec residual, Vec root) {
+  return residual < Vec{} ? residual : max(multiply_subtract(residual, root, root), Vec{});
 }
 
 inline Vec zero_unless_finite(Vec x) {
@@ -31,7 +31,7 @@ template <int M, int V>
     for (int r = 0; r < M; ++r) {
       const Vec factor = splat(x[r][d]);
       SCRIPT_UNROLL(4)
-      for (int v = 0; v < V; ++v) sum[r][v] -= factor * b[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = multiply_subtract(sum[r][v], factor, b[v]);
     }
   }
 }
@@ -83,13 +83,13 @@ struct ExtendTile {
       for (int q = 0; q < r; ++q) {
         const Vec x = splat(factor[r][done + q]);
         SCRIPT_UNROLL(4)
-        for (int v = 0; v < V; ++v) sum[r][v] -= x * sum[q][v];
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_subtract(sum[r][v], x, sum[q][v]);
       }
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) {
         sum[r][v] *= inverse_diagonal[r];
         store(rows + (done + r) * kPanel + column + v * kFloats, sum[r][v]);
-        left[v] = lower_residual(left[v], sum[r][v] * sum[r][v]);
+        left[v] = lower_residual(left[v], sum[r][v]);
       }
     }
     SCRIPT_UNROLL(4)
@@ -117,7 +117,7 @@ float lower(const float* const* entries, int m, const float* offset, const float
     Vec nearest = load<Vec>(entries[0] + c);
     for (int a = 1; a < m; ++a) nearest = max(load<Vec>(entries[a] + c), nearest);
     const Vec left = load<Vec>(residual + c);
-    const Vec value = max(load<Vec>(offset + c) - load<Vec>(slope + c) * nearest, Vec{});
+    const Vec value = max(multiply_subtract(load<Vec>(offset + c), load<Vec>(slope + c), nearest), Vec{});
     const Vec lowered = value < left ? value : left;  // a taken column keeps its mark
     store(residual + c, lowered);
     top = max(lowered, top);

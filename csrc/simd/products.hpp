@@ -37,16 +37,7 @@ struct NoSquares {
 };
 struct FloatSquares {
   static constexpr bool kWanted = true;
-  // One rounding, as a register tile takes it. GCC would leave a chain of multiply-adds apart for some processors.
-  static Vec add(Vec sum, Vec x) {
-#if defined(__AVX512F__)
-    return _mm512_fmadd_ps(x, x, sum);
-#elif defined(__FMA__)
-    return _mm256_fmadd_ps(x, x, sum);
-#else
-    return sum + x * x;
-#endif
-  }
+  static Vec add(Vec sum, Vec x) { return multiply_add(sum, x, x); }  // as a register tile takes it
 };
 
 // Moves 32-bit words as they are: fp32 values, or pairs of bf16. Squares, if wanted, are summed on the way, in the
@@ -154,7 +145,7 @@ struct FloatTile {
       for (int r = 0; r < M; ++r) {
         const Vec x = splat(rows[r][d]);
         SCRIPT_UNROLL(4)
-        for (int v = 0; v < V; ++v) sum[r][v] += x * b[v];
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(sum[r][v], x, b[v]);
       }
     }
     store_tile(sum, add, c);

@@ -49,6 +49,27 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 inline Vec splat(float x) { return x - Vec{}; }
+
+// sum + x * y and sum - x * y, rounded once where the level has an instruction for it. Written out: left to themselves,
+// compilers take chains of them apart as they think best for a processor, and equal rows would not have equal products.
+#if defined(__AVX512F__)
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return _mm512_fmadd_ps(x, y, sum); }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return _mm512_fnmadd_ps(x, y, sum); }
+#elif defined(__FMA__)
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return _mm256_fmadd_ps(x, y, sum); }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return _mm256_fnmadd_ps(x, y, sum); }
+#elif defined(__aarch64__)
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return vfmaq_f32(sum, x, y); }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return vfmsq_f32(sum, x, y); }
+#else
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return sum - x * y; }
+#endif
+#if defined(__FMA__) || defined(__aarch64__)
+inline float multiply_add(float sum, float x, float y) { return __builtin_fmaf(x, y, sum); }
+#else
+inline float multiply_add(float sum, float x, float y) { return sum + x * y; }
+#endif
 inline Vec bits_to_float(Uint x) { return load<Vec>(&x); }
 inline Uint float_to_bits(Vec x) { return load<Uint>(&x); }
 inline float bits_to_float(uint32_t x) {

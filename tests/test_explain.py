@@ -174,8 +174,8 @@ def test_what_a_fixed_size_encoder_sees_of_the_picture() -> None:
     ],
 )
 def test_tokens_of_other_types_lie_where_sizes_tell(kind: str, views: list) -> None:
-    vlm_zoo = pytest.importorskip("vlm_zoo")
-    if vlm_zoo.SINCE.get(kind, (0, 0)) > vlm_zoo.VERSION:
+    vlm_types, vlm_zoo = pytest.importorskip("vlm_types"), pytest.importorskip("vlm_zoo")
+    if vlm_types.SINCE.get(kind, (0, 0)) > vlm_types.VERSION:
         pytest.skip("not in this version")
     model = vlm_zoo.make_model(kind)
     found = explain(model, vlm_zoo.make_inputs(model, kind, 2), 3)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,6 @@ import torch
 transformers = pytest.importorskip("transformers")
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES  # noqa: E402
-
-from script_kernels.transformers.families import FAMILIES, REFUSED  # noqa: E402
 
 IMAGE, VIDEO, START, END = 190, 191, 192, 193
 SIZES: dict[str, Any] = {}
@@ -96,6 +93,10 @@ GEMMA4 = {
     **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
     **{"num_key_value_heads": 4, "patch_size": 14, "position_embedding_size": 64, "initializer_range": 0.15},
 }
+TIMM = {"model_type": "timm_wrapper", "initializer_range": 0.15}
+# The encoder's merger stands behind its second layer.
+MINICPM = HYBRID | {"image_token_id": IMAGE, "video_token_id": VIDEO}
+MERGED = MINICPM | {"insert_layer_id": 1, "vision_config.insert_layer_id": 1}
 OMNI = MROPE | {"vision_start_token_id": START, "audio_start_token_id": 195}
 EXTRA: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 8}},
@@ -110,8 +111,40 @@ EXTRA: dict[str, dict[str, Any]] = {
         "text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]},
         "text_config.moe_intermediate_size": [32, 32],
     },
+    "fast_vlm": {
+        "image_token_index": IMAGE,
+        "vision_config": TIMM
+        | {
+            **{"architecture": "fastvit_mci0", "hidden_size": 64, "do_pooling": True, "global_pool": "avg"},
+            "model_args": {
+                **{"inference_mode": True, "layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "cls_ratio": 2.0},
+            },
+        },
+    },
     "gemma3": POOLED,
-    "gemma4": {"vision_config": {**GEMMA4, "model_type": "gemma4_vision"}},
+    "gemma3n": {
+        "vision_soft_tokens_per_image": 16,
+        "vision_config": {
+            **{"model_type": "gemma3n_vision", "architecture": "mobilenetv3_small_050", "hidden_size": 288},
+            **{"do_pooling": False, "vocab_offset": IMAGE, "vocab_size": 6},
+        },
+        "audio_config": {
+            **{"model_type": "gemma3n_audio", "conf_num_hidden_layers": 1, "conf_num_attention_heads": 4},
+            **{"hidden_size": 64, "sscp_conv_channel_size": (8, 8), "input_feat_size": 16},
+            **{"vocab_offset": IMAGE + 6, "vocab_size": 4},
+        },
+        "text_config.activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        "text_config.num_kv_shared_layers": 1,
+        "text_config.intermediate_size": 96,
+        "text_config.vocab_size_per_layer_input": 200,
+        "text_config.hidden_size_per_layer_input": 16,
+        "text_config.laurel_rank": 8,
+    },
+    "gemma4": {
+        "vision_config": {**GEMMA4, "model_type": "gemma4_vision"},
+        "text_config.vocab_size_per_layer_input": 200,
+        "text_config.hidden_size_per_layer_input": 16,
+    },
     "glm46v": MROPE,
     "glm4v": MROPE,
     "glm4v_moe": {"text_config.rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
@@ -131,13 +164,23 @@ EXTRA: dict[str, dict[str, Any]] = {
         "vq_config.num_patches": 4,
     },
     "kimi_k25": {"projection_hidden_size": 64, "text_config.num_key_value_heads": 4},
-    "minicpm_ocr": HYBRID | {"image_token_id": IMAGE},
-    "minicpmv4_6": HYBRID | {"image_token_id": IMAGE},
-    "minicpmv4_7": HYBRID | {"image_token_id": IMAGE},
+    "minicpm_ocr": MINICPM,
+    "minicpmv4_6": MERGED,
+    "minicpmv4_7": MERGED,
     "llava_next": ANYRES,
     "llava_next_video": ANYRES,
     "llava_onevision": ANYRES,
     "paddleocr_vl": MROPE,
+    "perception_lm": {
+        "vision_config": TIMM
+        | {
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "model_args": {
+                **{"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": (64, 64)},
+                **{"use_post_transformer_norm": False, "global_pool": ""},
+            },
+        },
+    },
     "pp_chart2table": {"vision_config.image_size": 224},
     "qwen2_5_omni_thinker": OMNI,
     "qwen2_5_vl": MROPE,
@@ -239,6 +282,11 @@ def hybrid(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[s
     return square(model, count, noise) | {"high_res_pixel_values": noise(count, 3, side, side)}
 
 
+def timm(*shape: int) -> Callable[..., dict[str, Any]]:
+    """An encoder whose config does not say how large its images are."""
+    return lambda model, count, noise: {"pixel_values": noise(count, *shape)}
+
+
 def packed(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
     """All images' patches in one row."""
     side = model.config.vision_config.patch_size
@@ -247,6 +295,8 @@ def packed(model: Any, count: int, noise: Callable[..., torch.Tensor]) -> dict[s
 
 INPUTS: dict[str, Any] = {
     "deepseek_vl_hybrid": hybrid,
+    "fast_vlm": timm(3, 256, 256),
+    "gemma3n": timm(3, 128, 128),
     "gemma4": placed,
     "minicpm_ocr": packed,
     "minicpmv4_6": packed,
@@ -259,6 +309,7 @@ INPUTS: dict[str, Any] = {
     "llava_onevision": anyres,
     "muse_glimmer": doubled,
     "paddleocr_vl": unfolded,
+    "perception_lm": timm(1, 3, 64, 64),
     "video_llama_3": merged,
 }
 
@@ -332,135 +383,3 @@ def alone(both: dict[str, Any], i: int) -> dict[str, Any]:
         else:
             own[name] = value.chunk(2)[i]
     return own
-
-
-# Types that 5.18 has not, or whose classes there take other inputs or no features back: the first version that is held.
-SINCE = dict.fromkeys(
-    (
-        "cosmos3_edge",
-        "granite4_vision",
-        "hy_v4_vl",
-        "lfm3_vl",
-        "minicpm_ocr",
-        "minimax_m3_vl",
-        "paddleocr_vl",
-        "video_llava",
-    ),
-    (5, 24),
-)
-# Types whose videos are held as well: here, and in test_transformers_models.
-VIDEOS = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-
-# The types that the tests hold, as transformers names them.
-PROVEN = (
-    "aria",
-    "aya_vision",
-    "cohere2_vision",
-    "cohere_compass",
-    "cosmos3_edge",
-    "cosmos3_omni",
-    "deepseek_vl",
-    "deepseek_vl_hybrid",
-    "ernie4_5_vl_moe",
-    "exaone4_5",
-    "gemma3",
-    "gemma4",
-    "glm46v",
-    "glm4v",
-    "glm4v_moe",
-    "glm_ocr",
-    "glmga",
-    "got_ocr2",
-    "granite4_vision",
-    "hy_v4_vl",
-    "hyperclovax_vision_v2",
-    "idefics2",
-    "idefics3",
-    "internvl",
-    "janus",
-    "kimi_k25",
-    "lfm2_vl",
-    "lfm3_vl",
-    "lighton_ocr",
-    "llava",
-    "llava_next",
-    "llava_next_video",
-    "llava_onevision",
-    "minicpm_ocr",
-    "minimax_m3_vl",
-    "mistral3",
-    "ovis2",
-    "paddleocr_vl",
-    "paligemma",
-    "pp_chart2table",
-    "qianfan_ocr",
-    "qwen2_5_omni_thinker",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_omni_moe_thinker",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "shieldgemma2",
-    "smolvlm",
-    "step3p7",
-    "video_llama_3",
-    "video_llava",
-    "vipllava",
-)
-_TIMM = "its encoder is timm's, which needs a torchvision that fits the torch"
-_NO_MODEL = "no tiny model was made of its config"
-# Types that take features, and of which no test says more than the check at first use does.
-UNTESTED = {
-    "chameleon": "its config names the placeholder in a vocabulary alone, so that none is found",
-    "fast_vlm": _TIMM,
-    "gemma3n": _TIMM,
-    "hunyuan_vl": "its positions have axes of their own, and the check refuses it",
-    "minicpmv4_6": "prompts of unequal length in a batch are answered otherwise than alone, also unpruned",
-    "minicpmv4_7": "prompts of unequal length in a batch are answered otherwise than alone, also unpruned",
-    "perception_lm": _TIMM,
-} | dict.fromkeys(
-    (
-        *("apertus1p5", "deepseek_ocr2", "diffusion_gemma", "dots3_note", "emu3", "gemma4_unified", "glm5_next"),
-        *("granite_docling", "inkling2", "inkling2_loop", "inkling_mm_model", "mistral_large4", "molmo2"),
-        *("muse_glimmer", "muse_spark", "nemotron_h_omni", "qwen4_exp", "unlimited_ocr"),
-    ),
-    _NO_MODEL,
-)
-
-
-def table() -> str:
-    """The documentation's table of types: what `test_a_type_is_pruned_right` holds, row for row."""
-    oldest = "5.18"
-    rows = []
-    for kind in PROVEN:
-        family = FAMILIES.get(kind)
-        checked = "no" if family is not None and family.proven else "yes"
-        since = ".".join(map(str, SINCE.get(kind, oldest.split("."))))
-        rows.append(f"| `{kind}` | yes | {'yes' if kind in VIDEOS else 'not tested'} | {checked} | {since} |")
-    head = (
-        "| `model_type` | images | video | checked at first use | tested from transformers |\n|---|---|---|---|---|\n"
-    )
-    return head + "\n".join(rows) + "\n"
-
-
-def refusals() -> str:
-    return "".join(f"- `{kind}`: {reason}.\n" for kind, reason in sorted(REFUSED.items()))
-
-
-def untested() -> str:
-    reasons: dict[str, list[str]] = {}
-    for kind, reason in sorted(UNTESTED.items()):
-        reasons.setdefault(reason, []).append(f"`{kind}`")
-    return "".join(f"- {', '.join(kinds)}: {reason}.\n" for reason, kinds in reasons.items())
-
-
-if __name__ == "__main__":
-    page = pathlib.Path(__file__).parents[1] / "docs" / "transformers.md"
-    text = page.read_text()
-    for name, part in (("types", table()), ("untested", untested()), ("refused", refusals())):
-        begin = text.index("-->", text.index(f"<!-- {name}:")) + 3
-        text = text[:begin] + "\n\n" + part + "\n" + text[text.index(f"<!-- /{name} -->") :]
-    page.write_text(text)

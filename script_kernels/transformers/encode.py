@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .device import Mark, clock_of, mark, own_weights, send
 from .families import family_of, parameters, token_id
-from .layouts import Visual
+from .layouts import MODALITIES, Visual
 from .versions import repeats_groups, unrepeatable
 
 if TYPE_CHECKING:
@@ -61,13 +62,24 @@ def encode(
         encoder = f"the vision encoder of {type(model).__name__}"
         raise ValueError(f"{', '.join(given)}: expected what {encoder} takes, got an error: {error}") from error
     for modality in outputs:
-        placeholder = token_id(model, modality)
-        if placeholder is None:
-            raise ValueError(
-                f"model: expected a config with {modality}_token_id, got none in {type(model.config).__name__}"
-            )
-        _place([v for v in visuals if v.modality == modality], unpadded == placeholder)
+        mine = [v for v in visuals if v.modality == modality]
+        _place(mine, _placeholders(model, unpadded, host.get("mm_token_type_ids"), modality))
     return visuals, outputs, runs
+
+
+def _placeholders(model: PreTrainedModel, ids: Tensor, types: Tensor | None, modality: str) -> Tensor:
+    """(B, S) bool: where a prompt stands for visual tokens."""
+    as_images = family_of(model).as_images
+    token = token_id(model, "image" if as_images else modality)
+    if token is None:
+        raise ValueError(
+            f"model: expected a config with {modality}_token_id, got none in {type(model.config).__name__}"
+        )
+    if not as_images:
+        return ids == token
+    if types is None:
+        raise ValueError("mm_token_type_ids: expected with this model, which has one placeholder for images and videos")
+    return (ids == token) & (types == 1 + MODALITIES.index(modality))
 
 
 def _place(visuals: list[Visual], placeholders: Tensor) -> None:
@@ -93,7 +105,10 @@ def rebuild(outputs: dict[str, Any], visuals: list[Visual], kept: list[Tensor]) 
         prompts = [v.prompt for v, _ in mine]
         totals = [sum(len(k) for v, k in mine if v.prompt == prompt) for prompt in sorted(set(prompts))]
         tensors = isinstance(output.pooler_output, Tensor) and output.pooler_output.ndim > 2
-        kept_fields = {name: value for name, value in output.items() if name not in _UNREAD}
+        # An output class may demand what nobody reads.
+        demanded = [f.name for f in fields(output) if f.default is MISSING and f.name in _UNREAD]
+        kept_fields: dict[str, Any] = dict.fromkeys(demanded)
+        kept_fields |= {name: value for name, value in output.items() if name not in _UNREAD}
         if output.pooler_output is not None:
             pooled = [v.features.index_select(0, k) for v, k in mine]
             flat = isinstance(output.pooler_output, Tensor) and not tensors

@@ -33,6 +33,7 @@ class Family:
     along: which of the inputs of `ALONG` the pruned call gets; None: all that the model's forward takes.
     mrope: positions have three axes, from the model's own get_rope_index; None: whether it has one.
     marked: the prompt has an id before and after each image that no config names.
+    as_images: a video's placeholders are the image's id, and mm_token_type_ids has a 2 there.
     proven: tests hold that keep = all equals the unpruned model; otherwise the first call of each model checks it.
     """
 
@@ -42,6 +43,7 @@ class Family:
     along: tuple[str, ...] | None = None
     mrope: bool | None = None
     marked: bool = False
+    as_images: bool = False
     proven: bool = False
 
     def has_mrope(self, model: PreTrainedModel) -> bool:
@@ -71,7 +73,7 @@ FAMILIES: dict[str, Family] = {
     "internvl": _image("InternVL", marked=True),
     "qwen2_5_vl": _both("Qwen2.5-VL", layouts.qwen, along=("labels",)),
     "qwen3_vl": _both("Qwen3-VL", layouts.qwen, along=("labels",)),
-}
+} | {kind: Family("GLM-V", as_images=True) for kind in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga")}
 # Types that cannot be pruned by this route, and why.
 _CROSS = "its language model reads images by cross-attention, so that no token of the prompt stands for a part of them"
 _PIXELS = "its forward takes no features from outside"

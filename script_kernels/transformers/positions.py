@@ -13,6 +13,9 @@ from .families import family_of, parameters, token_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Arguments of get_rope_index that its model's forward takes by another name.
+INPUT_OF = {"second_per_grids": "video_second_per_grid"}
+
 
 def full_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Positions that the unpruned prompt would get: (1, B, S) or, for mRoPE, (3, B, S); 0 on padding."""
@@ -26,8 +29,8 @@ def full_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     names = parameters(rope_index)
     known = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": mask}
     known = {name: value for name, value in known.items() if name in names}
-    extra = {name: inputs[name] for name in names if name in inputs and name not in known}
-    return rope_index(**known, **extra)[0]
+    extra = {name: inputs[INPUT_OF.get(name, name)] for name in names if INPUT_OF.get(name, name) in inputs}
+    return rope_index(**(extra | known))[0]
 
 
 def _text_positions(mask: Tensor) -> Tensor:

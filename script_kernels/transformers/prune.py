@@ -20,7 +20,7 @@ from .encode import encode, rebuild
 from .families import ALONG, Family, family_of, parameters, text_config, token_id, unwrap
 from .flops import flops_of_lengths
 from .layouts import MODALITIES, Visual
-from .positions import pruned_positions
+from .positions import INPUT_OF, pruned_positions
 from .query import text_query
 from .select import Budget, choose, kept_rows, settings
 from .selfcheck import check_family
@@ -93,7 +93,7 @@ def consumed(model: PreTrainedModel) -> set[str]:
     keys = {"input_ids", "attention_mask", *ALONG, *_SIZES, *family_of(model).pixels.values()}
     for name in ("get_image_features", "get_video_features", "get_rope_index"):
         if hasattr(model.base_model, name):
-            keys |= set(parameters(getattr(model.base_model, name))) - _SWITCHES
+            keys |= {INPUT_OF.get(key, key) for key in parameters(getattr(model.base_model, name))} - _SWITCHES
     return keys - set(_CONTRARY)
 
 
@@ -121,6 +121,8 @@ def _check_inputs(model: PreTrainedModel, family: Family, inputs: Mapping[str, A
         key = pixels or {"image": "pixel_values", "video": "pixel_values_videos"}[modality]
         if absent and key in given:
             raise ValueError(f"{key}: expected none, as {family.name} takes no {modality} input, got some")
+    if "input_features" in given and "audio_seqlens" in taken:
+        raise ValueError("input_features: expected none, as positions among sound are not known here, got some")
     unknown = sorted(key for key in given if key not in taken and not _passes(model, key))
     if unknown:
         raise ValueError(f"inputs: expected what the model's processor returns, got also {', '.join(unknown)}")

@@ -10,15 +10,26 @@
 
 namespace fuzz {
 
-// Ends the program: what the fuzzer takes for a crash.
-inline void require(bool condition, const std::string& promise) {
-  if (condition) return;
-  std::fprintf(stderr, "broken: %s\n", promise.c_str());
-  std::abort();
-}
+// A promise, and where it is looked at: put into words only where it is broken.
+struct Promise {
+  const char* what;
+  int64_t image = -1, place = -1;
+  Promise(const char* what_) : what(what_) {}  // NOLINT: a promise of the whole call
+  Promise(const char* what_, int64_t image_, int64_t place_) : what(what_), image(image_), place(place_) {}
+};
 
-inline std::string at(const std::string& promise, int64_t image, int64_t step) {
-  return promise + " (image " + std::to_string(image) + ", place " + std::to_string(step) + ")";
+inline Promise at(const char* promise, int64_t image, int64_t place) { return {promise, image, place}; }
+
+// Ends the program: what the fuzzer takes for a crash.
+inline void require(bool condition, const Promise& promise) {
+  if (condition) return;
+  std::fprintf(stderr, "broken: %s", promise.what);
+  if (promise.image >= 0) {
+    std::fprintf(stderr, " (image %lld, place %lld)", static_cast<long long>(promise.image),
+                 static_cast<long long>(promise.place));
+  }
+  std::fprintf(stderr, "\n");
+  std::abort();
 }
 
 constexpr double kTolerance = 1e-5;  // of the certificate, as a share of the largest K_ii

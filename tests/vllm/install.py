@@ -59,7 +59,10 @@ def output(*command: object) -> str:
 
 
 def patch_torchvision(python: Path) -> None:
-    site = Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    patch_torchvision_in(Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()))
+
+
+def patch_torchvision_in(site: Path) -> None:
     extension = site / "torchvision" / "extension.py"
     source = extension.read_text()
     if NMS not in source:

@@ -3,9 +3,8 @@
 1. the mean query vector; 2. one pass over the tokens: norms, raw relevance and its range; 3. one pass over the upper
 triangle of S: a tile becomes L = diag(r) S diag(r) and, its even-odd half, the degrees and sums of GSP on both of its
 sides; 4. GSP's choice; 5. the greedy ranking, which ends once it has met `keep` of GSP's tokens, for those are the
-result; 6. the intersection. Every further round of GSP takes two launches more, no query one less.
-
-Packed segments (`prune_varlen`) run through the same kernels with the same bits.
+result; 6. the intersection. Every further round of GSP takes two launches more, no query one less. Packed segments
+(`prune_varlen`) run through the same kernels with the same bits.
 """
 
 import math

@@ -55,9 +55,10 @@ struct ProjectTile {
 };
 
 void project(const float* const* a, int count, const float* rows, int64_t depth, float* g) {
-  for (int r = 0; r < count; r += kRows) {
+  for (int r = 0, m = 0; r < count; r += m) {
+    m = tile_rows(count - r);
     for (int c = 0; c < kPanel; c += kVectors * kFloats) {
-      dispatch_tile<ProjectTile>(count - r, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
+      dispatch_tile<ProjectTile>(m, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
     }
   }
 }
@@ -99,10 +100,11 @@ struct ExtendTile {
 
 float extend(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
              int64_t done, float* rows, float* residual) {
-  for (int r = 0; r < m; r += kRows) {
+  for (int r = 0, tile = 0; r < m; r += tile) {
+    tile = tile_rows(m - r);
     for (int c = 0; c < kPanelVectors; c += kVectors) {
-      dispatch_tile<ExtendTile>(m - r, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows,
-                                residual, c * kFloats);
+      dispatch_tile<ExtendTile>(tile, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows, residual,
+                                c * kFloats);
     }
   }
   Vec top = load<Vec>(residual);

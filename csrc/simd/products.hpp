@@ -167,8 +167,8 @@ inline void multiply(const Element* const* a, int rows, const Element* panel, in
   for (int64_t start = 0; start < depth; start += kChunk) {
     const int64_t steps = depth - start < kChunk ? depth - start : kChunk;
     const Element* chunk = panel + start * kPanel * kWord;
-    for (int r = 0; r < rows; r += kRows) {
-      const int m = rows - r < kRows ? rows - r : kRows;
+    for (int r = 0, m = 0; r < rows; r += m) {
+      m = tile_rows(rows - r);
       for (int v = 0; v < groups * kGroupVectors; v += kVectors) {
         const int left = groups * kGroupVectors - v;
         dispatch_tile<Tile>(m, left < kVectors ? left : kVectors, a + r, start * kWord, chunk + v * kFloats * kWord,

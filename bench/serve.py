@@ -5,7 +5,8 @@ at 100, 50, 22 and 11 % of the tokens, for prompts of 576 and 2880 image tokens,
 of random weights whose time goes into the prompt: its tower is small, and images are of 24 x 24 tokens as in LLaVA-1.5,
 one or five a prompt.
 Both servers live throughout, and a case's measurements follow each other, so that what else the machine does meets all
-of them; the prefix cache is off and no image comes twice. Needs the environment that `make test-vllm` makes.
+of them; the prefix cache is off and no image comes twice. With --repeats the engines take turns; a row is the median of
+its repeats, and its speed-up that of the quotients within one. Needs the environment that `make test-vllm` makes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RATIOS = (None, 1.0, 0.5, 0.22, 0.11)  # None: the stock engine
+RATIOS = (1.0, 0.5, 0.22, 0.11)  # beside the stock engine
 IN_FLIGHT = (1, 4, 16, 32)
 IMAGES = (1, 5)  # of 576 tokens, a prompt
 SIDE = 336
-COLUMNS = ("image_tokens", "in_flight", "keep", "requests", "requests_s", "ttft_ms", "tokens_s", "speedup")
+COLUMNS = ("image_tokens", "in_flight", "keep", "requests", "repeats", "requests_s", "ttft_ms", "tokens_s", "speedup")
+SPEEDS = ("request_throughput", "mean_ttft_ms", "output_throughput")
 
 
 def save_model(folder: Path, tiny: Any, layers: int, width: int) -> None:
@@ -112,24 +115,32 @@ def run(options: argparse.Namespace) -> None:
         end = time.monotonic() + 60 * options.minutes
         for one in servers.values():  # what the first request alone has to wait for
             measure(one, model, max(IMAGES), 1, None, 1, seed=0)
-        base = 0.0
-        for seed, (images, in_flight, ratio) in enumerate(itertools.product(IMAGES, IN_FLIGHT, RATIOS), start=1):
+        ratios, seed = [None, *options.keep], 0
+        for images, in_flight in itertools.product(IMAGES, IN_FLIGHT):
             if time.monotonic() > end:
                 print(f"bench serve: {options.minutes:g} minutes are over: the rest is left out")
                 break
-            name, requests = "stock" if ratio is None else f"{ratio:.0%}", max(options.requests, in_flight)
-            one = servers["stock" if ratio is None else "plugin"]
-            got = measure(one, model, images, in_flight, ratio, requests, seed)
-            speeds = [float(got[key]) for key in ("request_throughput", "mean_ttft_ms", "output_throughput")]
-            base = speeds[0] if ratio is None else base
-            values = [round(value, 3) for value in (*speeds, speeds[0] / base)]
-            rows.append(dict(zip(COLUMNS, (576 * images, in_flight, name, requests, *values), strict=True)))
+            requests = max(options.requests, in_flight)
+            taken: dict[float | None, list[list[float]]] = {ratio: [] for ratio in ratios}
+            for _ in range(options.repeats):
+                for ratio in ratios:
+                    seed += 1
+                    one = servers["stock" if ratio is None else "plugin"]
+                    got = measure(one, model, images, in_flight, ratio, requests, seed)
+                    taken[ratio].append([float(got[key]) for key in SPEEDS])
+            for ratio, repeats in taken.items():
+                name = "stock" if ratio is None else f"{ratio:.0%}"
+                speeds = [statistics.median(column) for column in zip(*repeats, strict=True)]
+                gains = [mine[0] / base[0] for mine, base in zip(repeats, taken[None], strict=True)]
+                values = [round(value, 3) for value in (*speeds, statistics.median(gains))]
+                row = (576 * images, in_flight, name, requests, options.repeats, *values)
+                rows.append(dict(zip(COLUMNS, row, strict=True)))
+                print(rows[-1], flush=True)
             write(rows, options)
-            print(rows[-1], flush=True)
 
 
 def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """serve.csv and serve.md, whole after each measurement."""
+    """serve.csv and serve.md, whole after each case."""
     with (options.out / "serve.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
@@ -151,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--python", default=str(ROOT / ".venv-vllm" / "bin" / "python"), help="of an environment with vLLM"
     )
     parser.add_argument("--requests", type=int, default=4, help="of a measurement, at least as many as are in flight")
-    parser.add_argument("--minutes", type=float, default=10, help="no measurement starts later")
+    parser.add_argument("--keep", type=float, nargs="+", default=RATIOS, help="shares of the image tokens")
+    parser.add_argument("--repeats", type=int, default=1, help="measurements of a row, the engines taking turns")
+    parser.add_argument("--minutes", type=float, default=10, help="no case starts later")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)

@@ -403,7 +403,7 @@ def prune(
     if combine == "union":
         survivors = (keep + 1) // 2
         rounds = next(r for r in range(rounds, N + 1) if gsp_quotas(N, survivors, r) is not None)
-    graph = {"threshold": threshold, "gamma": gamma, "min_degree": min_degree, "rounds": rounds}
+    graph: dict[str, Any] = {"threshold": threshold, "gamma": gamma, "min_degree": min_degree, "rounds": rounds}
     mask, _ = gsp(tokens, survivors, **graph, dtype=dtype)
     bad = bad_rows(tokens) if query is None or aligned is None else bad_rows(tokens) | bad_rows(aligned)
     if combine == "intersect":

@@ -5,6 +5,7 @@ import pathlib
 import re
 from typing import Any
 
+import pytest
 import torch
 
 import script_kernels
@@ -87,6 +88,17 @@ def test_qcsp() -> None:
         torch.testing.assert_close(
             (space["C"][torch.arange(KEEP), indices[b]] ** 2).float(), gains[b], rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("op", ["max_min", "mmr"])
+def test_other_rankings(op: str) -> None:
+    tokens, query = inputs()
+    relevance = script_kernels.query_relevance(tokens, query)
+    unit = torch.nn.functional.normalize(tokens.double(), dim=-1)
+    indices, _ = getattr(script_kernels, op)(tokens, relevance, KEEP)
+    for b in range(B):
+        space = run(page(op), S=unit[b] @ unit[b].T, r=relevance[b].double(), k=KEEP, balance=0.5)
+        assert [int(j) for j in space["picks"]] == indices[b].tolist()
 
 
 def test_prune_and_mask_intersect() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from script_kernels import reference
-from script_kernels.options import GspOptions, PruneOptions
+from script_kernels.options import GspOptions, PruneOptions, QcspOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -35,7 +35,7 @@ class TritonBackend:
         if op == "mask_intersect":
             return reference.mask_intersect
         launch = getattr(importlib.import_module(f"script_kernels.triton.{op}"), f"launch_{op}")
-        options = {"gsp": GspOptions, "prune": PruneOptions, "prune_varlen": PruneOptions}.get(op)
+        options = {"gsp": GspOptions, "qcsp": QcspOptions, "prune": PruneOptions, "prune_varlen": PruneOptions}.get(op)
         return launch if options is None else functools.partial(with_options, launch, options)
 
 

@@ -74,7 +74,9 @@ def options_of(method: str | Method) -> dict[str, Any]:
     own = {n: p.default for n, p in inspect.signature(chosen).parameters.items() if p.kind is p.KEYWORD_ONLY}
     # These two hand theirs on to the ops.
     handed = {METHODS["gsp"]: GspOptions(), METHODS["script"]: PruneOptions()}.get(chosen)
-    return {"negate": False, **({} if handed is None else asdict(handed)), **own}
+    given = {} if handed is None else asdict(handed)
+    given.pop("reduce", None)  # of the relevance that a method is given
+    return {"negate": False, **given, **own}
 
 
 # What the integrations have "script" do with the words of a question, as far as nothing is said of it: by the rule of

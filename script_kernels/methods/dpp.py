@@ -85,6 +85,8 @@ def script_stages(
     check(tokens, relevance, keep)
     if combine not in COMBINE:
         raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
+    if "reduce" in options:
+        raise TypeError("reduce: expected in `relevance_of`, got it in a method, which is given the relevance")
     given = PruneOptions(combine=combine, **options)
     given.check()
     N = tokens.shape[1]

@@ -8,9 +8,11 @@ import torch
 from .kernels.choose import launch_finish
 from .kernels.layout import Layout
 from .kernels.pairs import launch_match
+from .kernels.replay import replayed
 from .kernels.rows import PLANES, launch_rows
 
 
+@replayed
 def launch_bipartite_match(tokens: torch.Tensor, threshold: float = 0.2) -> tuple[torch.Tensor, ...]:
     """Best, match, degree, mean, density per source token of (B, N, D): each (B, ceil(N / 2))."""
     layout = Layout.of(tokens)

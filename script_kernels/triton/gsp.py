@@ -10,9 +10,11 @@ from script_kernels.options import GspOptions
 from .kernels.choose import launch_select
 from .kernels.layout import Layout
 from .kernels.pairs import launch_match
+from .kernels.replay import replayed
 from .kernels.rows import PLANES, launch_rows
 
 
+@replayed
 def launch_gsp(tokens: torch.Tensor, keep: int, options: GspOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask (B, N) bool of exactly `keep` tokens per image and redundancy (B, N) fp32."""
     layout = Layout.of(tokens)

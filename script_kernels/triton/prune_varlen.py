@@ -12,9 +12,11 @@ from script_kernels.options import PruneOptions
 
 from .kernels.choose import launch_place
 from .kernels.layout import Layout
+from .kernels.replay import replayed
 from .prune import prune_layout
 
 
+@replayed
 def launch_prune_varlen(
     tokens: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -25,6 +27,11 @@ def launch_prune_varlen(
     aligned: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Indices (sum(keep),) int64 into the packed tokens (T, D), ascending within each segment."""
+    if options.combine == "union":
+        raise ValueError(
+            "combine: expected 'intersect' or 'restrict' for packed segments on CUDA, got 'union', whose rounds follow "
+            "from lengths that the host does not know"
+        )
     if sum(keep) == 0:
         return torch.empty(0, dtype=torch.int64, device=tokens.device)
     counts, limits, bounds = launch_place(keep, cu_seqlens, options.oversample, tokens.shape[0])

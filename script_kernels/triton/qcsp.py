@@ -1,22 +1,31 @@
 """QCSP: greedy MAP of the DPP with kernel L = diag(r) S diag(r), from raw tokens and their relevance.
 
 Up to WIDEST tokens L is built in memory and the greedy steps read its rows. Longer images never hold an N x N matrix: a
-step computes the one row of L that it needs from the tokens, spread over the programs of the image.
+step computes the one row of L that it needs from the tokens, spread over the programs of the image. With a power, raw
+rows or a ridge, weights and diagonal of the kernel are made first, one number per token.
 """
 
+from typing import Any
+
 import torch
+
+from script_kernels.options import QcspOptions
 
 from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
+from .kernels.replay import replayed
 from .kernels.rows import launch_rows, launch_unit
+from .kernels.weights import kernel_weights, scaled_back
 
 
+@replayed
 def launch_qcsp(
     tokens: torch.Tensor,
     relevance: torch.Tensor,
     k: int,
+    options: QcspOptions | None = None,
     *,
     matrix_free: bool | None = None,
     columns: int | None = None,
@@ -28,11 +37,27 @@ def launch_qcsp(
     """
     layout = Layout.of(tokens)
     (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
-    rows = launch_rows(tokens, layout)
-    relevance, unit = launch_unit(relevance, layout, rows)
-    kernel, own = None, None
     if stage.features:
         clear.zero_()
+    rows = launch_rows(tokens, layout)
+    plain = options is None or options == QcspOptions()
+    unit, start, exponent, weight = None, None, None, None
+    if plain:
+        relevance, unit = launch_unit(relevance, layout, rows)
     else:
-        _, kernel, own = launch_pairs(tokens, layout, rows, relevance, width=layout.n, clear=clear)
-    return launch_greedy(layout, relevance, k, stage, rows, kernel=kernel, tokens=tokens, own=own, unit=unit)
+        assert options is not None
+        weight, start, exponent = kernel_weights(relevance, layout, rows, options)
+    kernel, own = None, None
+    if not stage.features:
+        weights = relevance if weight is None else weight
+        _, kernel, own = launch_pairs(tokens, layout, rows, weights, width=layout.n, clear=clear)
+    steps: dict[str, Any] = {
+        "kernel": kernel,
+        "tokens": tokens,
+        "own": own,
+        "unit": unit,
+        "start": start,
+        "weight": weight,
+    }
+    indices, gains = launch_greedy(layout, relevance, k, stage, rows, **steps)
+    return indices, gains if exponent is None else scaled_back(gains, exponent)

@@ -5,10 +5,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
-from script_kernels.options import GspOptions, PruneOptions
+from script_kernels.options import GspOptions, PruneOptions, QcspOptions
 
 from .bipartite_match import launch_bipartite_match
 from .gsp import launch_gsp
@@ -17,6 +18,8 @@ from .kernels.layout import Layout
 from .kernels.pairs import PAIR_TILES, launch_pairs
 from .kernels.plan import EXTRA_ROUNDS, FEATURE_BLOCKS, Plan, Stage
 from .kernels.rows import Rows
+from .max_min import launch_max_min
+from .mmr import launch_mmr
 from .prune import launch_prune
 from .prune_varlen import launch_prune_varlen
 from .qcsp import launch_qcsp
@@ -50,8 +53,17 @@ def matrix(dtype: torch.dtype, packed: bool) -> None:
     launch_pairs(tokens, layout, Rows(row, row), row, width=1024, clear=empty(4096, dtype=torch.int64))
 
 
-def qcsp(dtype: torch.dtype, n: int) -> None:
-    launch_qcsp(empty(1, n, 1024, dtype=dtype), empty(1, n), 64)
+def qcsp(dtype: torch.dtype, n: int, **options: Any) -> None:
+    launch_qcsp(empty(1, n, 1024, dtype=dtype), empty(1, n), 64, QcspOptions(**options))
+
+
+def nearest(op: Callable[..., object], dtype: torch.dtype, n: int) -> None:
+    op(empty(1, n, 1024, dtype=dtype), empty(1, n), 64)
+
+
+def largest(dtype: torch.dtype, masked: bool = False) -> None:
+    mask = empty(8, 20, dtype=torch.bool) if masked else None
+    launch_query_relevance(empty(8, 576, 1024, dtype=dtype), empty(1, 20, 1024, dtype=dtype), mask, reduce="max")
 
 
 def greedy(columns: int, mode: str, *, sharers: int = 1, features: torch.dtype | None = None) -> None:
@@ -86,12 +98,12 @@ def greedy(columns: int, mode: str, *, sharers: int = 1, features: torch.dtype |
     )
 
 
-def prune(dtype: torch.dtype, *, query: bool = True, aligned: bool = False, combine: str = "intersect") -> None:
+def prune(dtype: torch.dtype, *, query: bool = True, aligned: bool = False, **options: Any) -> None:
     launch_prune(
         empty(8, 576, 4096, dtype=dtype),
         empty(8, 20, 1024 if aligned else 4096, dtype=dtype) if query else None,
         64,
-        PruneOptions(combine=combine),
+        PruneOptions(**options),
         aligned=empty(8, 576, 1024, dtype=dtype) if aligned else None,
     )
 
@@ -149,7 +161,19 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
     ("qcsp", "fp32 2880", partial(qcsp, FP32, 2880)),
     ("qcsp", "bf16 8192", partial(qcsp, BF16, 8192)),
     ("qcsp", "bf16 20000", partial(qcsp, BF16, 20000)),
+    ("qcsp", "bf16 power", partial(qcsp, BF16, 576, power=2.0)),
+    ("qcsp", "fp32 20000 ridge", partial(qcsp, FP32, 20000, ridge=0.1)),
+    *(
+        (name, f"{named(dtype)} {n}", partial(nearest, op, dtype, n))
+        for name, op in (("max_min", launch_max_min), ("mmr", launch_mmr))
+        for dtype, n in ((BF16, 576), (FP32, 2880), (FP16, 20000))
+    ),
+    *(
+        ("query_relevance", f"{named(dtype)} largest", partial(largest, dtype, dtype == FP32))
+        for dtype in (BF16, FP16, FP32)
+    ),
     ("prune", "bf16", partial(prune, BF16)),
+    ("prune", "bf16 by the largest cosine, power", partial(prune, BF16, reduce="max", power=2.0)),
     ("prune", "fp16 no query", partial(prune, FP16, query=False)),
     ("prune", "fp32 aligned, restrict", partial(prune, FP32, aligned=True, combine="restrict")),
     ("prune_varlen", "bf16", partial(prune_varlen, BF16)),

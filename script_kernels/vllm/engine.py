@@ -1,4 +1,4 @@
-"""All that is imported from vLLM, in one place: what a new version moves is mended here. Written against 0.32."""
+"""All that is imported from vLLM, in one place: what a new version moves is mended here. For 0.32 and 0.31."""
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
@@ -13,7 +13,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, PlaceholderRange
 from vllm.multimodal.parse import ImageProcessorItems
-from vllm.multimodal.processing import InputProcessingContext, PromptUpdateDetails
+from vllm.multimodal.processing import InputProcessingContext, ProcessorInputs, PromptUpdateDetails
 
 __all__ = [
     "MULTIMODAL_REGISTRY",
@@ -25,6 +25,7 @@ __all__ = [
     "LlavaNextForConditionalGeneration",
     "MultiModalFieldConfig",
     "PlaceholderRange",
+    "ProcessorInputs",
     "PromptUpdateDetails",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",

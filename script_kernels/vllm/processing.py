@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,24 @@ class Request:
 
     settings: Settings
     query: tuple[int, ...]
+
+
+def named(request: Request | None, hashes: Any) -> Any:
+    """Identities of a prompt's items, the images' with what was asked for in front."""
+    if request is None or not request.settings.on or "image" not in hashes:
+        return hashes
+    prefix = request.settings.identity(request.query)
+    return {**hashes, "image": [prefix + name for name in hashes["image"]]}
+
+
+class Inputs(engine.ProcessorInputs):
+    """Those of vLLM 0.31, which are asked for the identities themselves; from 0.32 on the processor is."""
+
+    def get_mm_hashes(self, *how: Any, **options: Any) -> Any:
+        request, kwargs = split(self.hf_processor_mm_kwargs)
+        if request is None:
+            return super().get_mm_hashes(*how, **options)
+        return named(request, replace(self, hf_processor_mm_kwargs=kwargs).get_mm_hashes(*how, **options))
 
 
 class Context(engine.InputProcessingContext):
@@ -90,6 +108,8 @@ class PruningProcessor:
             settings = replace(settings, query=None)  # the user said nothing; without a query, others share the image
             settings.check_complete()
         inputs = replace(inputs, hf_processor_mm_kwargs={**without_settings(kwargs), REQUEST: Request(settings, query)})
+        if hasattr(engine.ProcessorInputs, "get_mm_hashes"):
+            inputs = Inputs(**{field.name: getattr(inputs, field.name) for field in fields(inputs)})
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         metrics.count_request([order_of(item) for item in result["mm_kwargs"].get("image", ()) if item is not None])
         return result
@@ -97,10 +117,7 @@ class PruningProcessor:
     def _get_mm_hashes(self, inputs: Any) -> Any:
         request, kwargs = split(inputs.hf_processor_mm_kwargs)
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))  # type: ignore[misc]
-        if request is not None and request.settings.on and "image" in hashes:
-            prefix = request.settings.identity(request.query)
-            hashes["image"] = [prefix + name for name in hashes["image"]]
-        return hashes
+        return named(request, hashes)
 
     def _get_hf_mm_inputs(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         request, kwargs = split(hf_kwargs)

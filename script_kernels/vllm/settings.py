@@ -20,7 +20,8 @@ from ..options import PruneOptions
 PREFIX = "script_"
 BUDGET = ("keep", "keep_ratio")
 OWN = (*BUDGET, "query", "method", "reduce")
-OPTIONS = tuple(option.name for option in fields(PruneOptions))
+# Of these two the method's own and the relevance's are taken.
+OPTIONS = tuple(option.name for option in fields(PruneOptions) if option.name not in ("power", "reduce"))
 
 
 def is_setting(name: str) -> bool:
@@ -86,7 +87,7 @@ class Rule:
             return
         own = PruneOptions(**given)
         try:
-            own.check_drop(tokens)
+            own.check_drop(tokens, keep)
             if self.fused is None and given["combine"] == "restrict" and own.gsp_keep(tokens) < keep:
                 raise ValueError(f"combine: expected 'intersect' for {keep} of {tokens} tokens, got 'restrict'")
         except ValueError as error:

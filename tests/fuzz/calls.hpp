@@ -46,8 +46,8 @@ class Call {
 };
 
 inline const std::vector<std::string>& op_names() {
-  static const std::vector<std::string> names{"query_relevance", "bipartite_match", "gsp",         "dpp_map", "qcsp",
-                                              "mask_intersect",  "prune",           "prune_varlen"};
+  static const std::vector<std::string> names{"query_relevance", "bipartite_match", "gsp",          "dpp_map", "qcsp",
+                                              "mask_intersect",  "prune",           "prune_varlen", "max_min", "mmr"};
   return names;
 }
 

@@ -1,6 +1,8 @@
-// dpp_map, qcsp, prune and prune_varlen.
+// dpp_map, qcsp, prune, prune_varlen, max_min and mmr.
 #include "calls_all.hpp"
 #include "core/dpp_map.hpp"
+#include "core/max_min.hpp"
+#include "core/mmr.hpp"
 #include "core/prune.hpp"
 #include "core/prune_varlen.hpp"
 
@@ -125,6 +127,93 @@ class Qcsp : public Call {
   std::vector<float> gains_;
 };
 
+// ---- max_min and mmr
+// --------------------------------------------------------------------------------------------------
+
+// Both take what qcsp takes.
+class NearestPick : public Call {
+ public:
+  NearestPick(Bytes& in, bool marginal) : marginal_(marginal), shape_(in, 1) {
+    k_ = 1 + in.byte() * shape_.count / 256;
+    tokens_ = matrix(in, shape_.dtype, shape_.images, shape_.count, shape_.width);
+    const std::vector<char> bits = elements(in, cpu::DType::kFloat32, shape_.images * shape_.count, shape_.count);
+    relevance_ = values<float>(in, shape_.images, shape_.count, [&](int64_t b, int64_t i) {
+      return static_cast<float>(element(bits.data(), cpu::DType::kFloat32, b * shape_.count + i));
+    });
+    constexpr double kBalances[] = {0.5, 0.0, 1.0, 0.01};
+    balance_ = kBalances[in.below(4)];
+    weighted_ = marginal || !in.one_in(3);
+    output(indices_, shape_.images * k_);
+    output(gains_, shape_.images * k_);
+  }
+  void run(const cpu::Threads& threads) override {
+    const cpu::Picks picks{indices_.data(), gains_.data()};
+    if (marginal_) {
+      cpu::mmr(tokens_.batch, relevance_.batch, k_, balance_, picks, threads);
+    } else {
+      cpu::max_min(tokens_.batch, weighted_ ? relevance_.batch : cpu::ValueBatch<float>{}, k_, picks, threads);
+    }
+  }
+  void check() const override {
+    for (int64_t b = 0; b < shape_.images; ++b) check_image(b);
+  }
+
+ private:
+  void check_image(int64_t b) const {
+    const int64_t* picks = indices_.data() + b * k_;
+    require_distinct(picks, k_, shape_.count, b);
+    for (int64_t t = 0; t < k_; ++t) require(std::isfinite(gains_[static_cast<size_t>(b * k_ + t)]), at("gain", b, t));
+    if (!small(shape_.count, k_, shape_.width)) return;
+    const Units units(tokens_, b);
+    const size_t n = static_cast<size_t>(shape_.count);
+    const Kernel cosines = kernel_of(units, std::vector<double>(n, 1.0));
+    std::vector<double> offset(n), slope(n), left(n);
+    std::vector<bool> bad(n), taken(n);
+    double low = INFINITY, high = -INFINITY, steepest = 0.0;
+    for (size_t i = 0; i < n; ++i) {
+      const double value = weighted_ ? relevance_.at(b, static_cast<int64_t>(i)) : 1.0;
+      bad[i] = units.bad[i] || !std::isfinite(value);
+      if (bad[i]) continue;
+      offset[i] = marginal_ ? balance_ * value : std::max(value, 0.0);
+      slope[i] = marginal_ ? 1.0 - balance_ : offset[i];
+      steepest = std::max(steepest, slope[i]);
+      low = std::min(low, offset[i]);
+      high = std::max(high, offset[i]);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      double nearest = marginal_ ? 0.0 : -1.0;
+      for (size_t j = 0; j < n && !marginal_; ++j)
+        nearest = i == j || bad[j] ? nearest : std::max(nearest, cosines[i][j]);
+      left[i] = offset[i] - slope[i] * nearest;
+    }
+    const double tolerance = kTolerance * (high - low + 2.0 * steepest);
+    for (int64_t t = 0; t < k_; ++t) {
+      const size_t pick = static_cast<size_t>(picks[t]);
+      double best = -INFINITY;
+      for (size_t i = 0; i < n; ++i) best = taken[i] || bad[i] ? best : std::max(best, left[i]);
+      if (best == -INFINITY) {
+        require(t == 0 || !bad[static_cast<size_t>(picks[t - 1])] || picks[t - 1] < picks[t], at("bad ones", b, t));
+      } else {
+        require(!bad[pick] && left[pick] >= best - tolerance, at("the certificate of the nearest pick", b, t));
+      }
+      taken[pick] = true;
+      for (size_t i = 0; i < n; ++i) {
+        const double fresh = offset[i] - slope[i] * cosines[i][pick];
+        left[i] = t == 0 ? fresh : std::min(left[i], fresh);
+      }
+    }
+  }
+
+  bool marginal_, weighted_ = true;
+  double balance_ = 0.5;
+  Shape shape_;
+  int64_t k_;
+  Matrix tokens_;
+  Values<float> relevance_;
+  std::vector<int64_t> indices_;
+  std::vector<float> gains_;
+};
+
 // ---- prune ----------------------------------------------------------------------------------------------------------
 
 cpu::PruneOptions prune_options(Bytes& in) {
@@ -132,7 +221,8 @@ cpu::PruneOptions prune_options(Bytes& in) {
   constexpr double kOversample[] = {2.0, 1.0, 1.5, 7.0, 1e300};
   cpu::PruneOptions options;
   options.negate = in.one_in(2);
-  options.restrict = in.one_in(2);
+  constexpr cpu::Combine kCombines[] = {cpu::Combine::kIntersect, cpu::Combine::kRestrict};
+  options.combine = kCombines[in.below(2)];
   options.gsp_drop = kDrops[in.below(5)];
   options.oversample = kOversample[in.below(5)];
   options.gsp = Graph(in).options();
@@ -155,7 +245,7 @@ std::vector<int64_t> by_stages(const cpu::PruneInput& input, int64_t keep, const
   std::vector<float> relevance(size, 1.0f), score(size);
   if (input.query.has_value()) {
     const cpu::TokenView& space = input.aligned.has_value() ? *input.aligned : input.tokens;
-    cpu::query_relevance(space, *input.query, options.negate, relevance.data(), cpu::serial);
+    cpu::query_relevance(space, *input.query, options.negate, options.reduce, relevance.data(), cpu::serial);
     std::vector<float> buffer(static_cast<size_t>(space.width));
     for (int64_t i = 0; i < n; ++i) {
       const float* row = space.row(i, buffer.data());
@@ -174,7 +264,7 @@ std::vector<int64_t> by_stages(const cpu::PruneInput& input, int64_t keep, const
   const int64_t ranked = options.ranked(n, keep);
   std::vector<int64_t> picks(static_cast<size_t>(ranked)), kept(static_cast<size_t>(keep));
   std::vector<float> gains(static_cast<size_t>(ranked));
-  if (!options.restrict) {
+  if (options.combine != cpu::Combine::kRestrict) {
     cpu::qcsp(input.tokens, {relevance.data()}, ranked, {picks.data(), gains.data()}, cpu::serial);
     cpu::mask_intersect(picks.data(), 1, ranked, survives.data(), 1, keep, kept.data());
     return kept;
@@ -301,6 +391,7 @@ std::unique_ptr<Call> make_greedy_call(size_t op, Bytes& in) {
   if (op == 3) return std::make_unique<DppMap>(in);
   if (op == 4) return std::make_unique<Qcsp>(in);
   if (op == 6) return std::make_unique<Prune>(in);
+  if (op >= 8) return std::make_unique<NearestPick>(in, op == 9);
   return std::make_unique<PruneVarlen>(in);
 }
 

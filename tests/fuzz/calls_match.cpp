@@ -18,7 +18,7 @@ class QueryRelevance : public Call {
     output(relevance_, shape_.images * shape_.count);
   }
   void run(const cpu::Threads& threads) override {
-    cpu::query_relevance(tokens_.batch, query_.batch(), negate_, relevance_.data(), threads);
+    cpu::query_relevance(tokens_.batch, query_.batch(), negate_, cpu::Reduce::kMean, relevance_.data(), threads);
   }
   void check() const override {
     for (int64_t b = 0; b < shape_.images; ++b) {

@@ -20,7 +20,7 @@ COMMITTED = ROOT / "tests/fuzz/corpus"
 WORK = ROOT / "build/fuzz"
 OPS = (
     *("query_relevance", "bipartite_match", "gsp", "dpp_map"),
-    *("qcsp", "mask_intersect", "prune", "prune_varlen"),
+    *("qcsp", "mask_intersect", "prune", "prune_varlen", "max_min", "mmr"),
 )
 FLAGS = "-O2 -gline-tables-only -fsanitize=address,undefined -fno-sanitize-recover=all"
 # An execution allocates some hundred times.

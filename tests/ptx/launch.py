@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from script_kernels import targets
 from script_kernels.options import GspOptions, PruneOptions
-from script_kernels.triton.kernels import greedy, plan
+from script_kernels.triton.kernels import greedy, plan, replay
 
 from .machine import Machine
 from .memory import Arena
@@ -45,6 +45,27 @@ class Launched:
     turns: int
     cooperative: bool
     ptx: str
+
+
+class Pointer:
+    """An address within a tensor, in the place of the tensor that a launcher would have passed."""
+
+    def __init__(self, address: int, inside: torch.Tensor) -> None:
+        self.address, self.inside = address, inside
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def pointers(kinds: Any, values: Any, known: list[torch.Tensor]) -> list[Any]:
+    """`values` with addresses, which a replayed launch passes, as pointers into the tensors that they lie in."""
+    found = []
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, str) and kind.startswith("*") and isinstance(value, int):
+            inside = [x for x in known if 0 <= value - x.data_ptr() < max(x.untyped_storage().nbytes(), 1)]
+            value = Pointer(value, inside[0])
+        found.append(value)
+    return found
 
 
 def flatten(kinds: Any, values: Any) -> Iterator[tuple[str, Any]]:
@@ -76,7 +97,11 @@ def execute(
     if text not in PROGRAMS:
         PROGRAMS[text] = Program(parse(text))
     program = PROGRAMS[text]
-    tensors = [(name, x) for name, x in zip(names, values, strict=True) if isinstance(x, torch.Tensor)]
+    tensors = [
+        (name, x.inside if isinstance(x, Pointer) else x)
+        for name, x in zip(names, values, strict=True)
+        if isinstance(x, (torch.Tensor, Pointer))
+    ]
     arena = Arena(spans_of(tensors), min([4, *(x.element_size() for _, x in tensors)]))
     for address, place, size in arena.regions():
         arena.data[place : place + size] = bytes_at(address, size)
@@ -125,7 +150,7 @@ def interpreted(
 
         def run(self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, *rest: Any) -> None:
             assert (y, z) == (1, 1)
-            values = rest[3:]  # after the metadata and two hooks
+            values = pointers(self.kinds, rest[3:], known)  # after the metadata and two hooks
             launches.append(execute(self.compiled, self.kinds, self.names, x, values, edit, options))
 
     def compile_it(
@@ -136,8 +161,14 @@ def interpreted(
     def planned(device: torch.device, *sizes: Any, **given: Any) -> Any:
         return plan_greedy(torch.device("meta"), *sizes, **given)
 
-    plan_greedy = plan.plan_greedy
+    def launch_record(self: replay.Record, tensors: list[torch.Tensor]) -> None:
+        known[:] = tensors
+        launch(self, tensors)
+
+    known: list[torch.Tensor] = []
+    plan_greedy, launch = plan.plan_greedy, replay.Record.launch
     with (
+        mock.patch.object(replay.Record, "launch", launch_record),
         mock.patch.object(JITFunction, "_do_compile", compile_it),
         mock.patch.object(driver, "_active", targets.Driver(target)),
         mock.patch.object(plan, "plan_greedy", planned),

@@ -386,6 +386,14 @@ def launch_intersect(
     return out
 
 
+def join(ranking: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    """All that the mask (B, N) keeps, filled up to `keep` from the ranking (B, K); (B, keep) ascending."""
+    others = ~mask.gather(1, ranking)
+    room = keep - mask.sum(1, keepdim=True)
+    flags = mask.scatter(1, ranking, ~(others & (others.cumsum(1) > room)))
+    return (~flags).byte().argsort(dim=1, stable=True)[:, :keep]
+
+
 def launch_place(
     keep: Sequence[int], cu_seqlens: torch.Tensor, oversample: float, n: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,6 +6,10 @@ and does
 
     c = (L[j, :] - C[:m, j] C[:m, :]) / sqrt(d_j);   d = max(d - c c, 0);   C[m, :] = c
 
+Farthest points first and maximal marginal relevance are the same steps with another update, and no C:
+
+    d = min(d, offset - slope * cos(., j)),   the first time without the old d, which is what the first pick goes by
+
 **Choice of the pick.** Level (2 bits), value (32), inverted index (28) and stop flag of a token are packed into one
 int64 whose maximum is the pick: levels in their order (3: first tier, 2: rest, 1: tokens with NaN or Inf, 0: taken or
 absent), then the larger value, then the lower index; whether the pick counts comes with it. The value is the residual,
@@ -36,16 +40,12 @@ import triton
 import triton.language as tl
 
 from .factor import project
-from .layout import Layout, image_of, launch, locate, order_key
-from .pairs import finite_relevance
+from .layout import Layout, image_of, launch, locate
 from .plan import MOST_TOKENS, Stage
-from .rows import Rows, widen
+from .rows import Rows
+from .steps import TAKEN, best_key, best_of_all, block, feature_row, flags_of, initial_residual, level_cosine, publish
 
 RANK_TOLERANCE = tl.constexpr(1e-6)
-
-# In the place of a residual, which is never negative
-BAD = tl.constexpr(-1.0)  # a token with NaN or Inf
-TAKEN = tl.constexpr(-2.0)  # a token that is picked or does not exist
 SHARERS = (32, 128)  # programs per image that one compiled exchange serves
 FEATURE_ROWS, FEATURE_COLS = 64, 64
 INTERPRETER_UNROLL = 4  # the interpreter pays for masked rows as for others
@@ -58,140 +58,6 @@ UNSPECIALIZED = (
 )
 
 
-@triton.jit
-def order_of(p_order, p_k, stride_diagonal, first, o_n, m_n):
-    """What ranks tokens where no variance is left: their relevance, or the diagonal of L."""
-    if p_order is not None:
-        b_order = tl.load(p_order + first + o_n, mask=m_n, other=0.0)
-    else:
-        b_order = tl.load(p_k + o_n.to(tl.int64) * stride_diagonal, mask=m_n, other=0.0)
-    return b_order
-
-
-@triton.jit
-def initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n):
-    """L_ii of the columns; BAD for tokens with NaN or Inf, TAKEN past the end."""
-    b_order = order_of(p_order, p_k, stride_diagonal, first, o_n, m_n)
-    if p_order is not None:
-        b_inv = tl.load(p_inv + first + o_n, mask=m_n, other=0.0)
-        m_good = (tl.abs(b_order * b_order) < float("inf")) & (b_inv >= 0.0)
-        b_residual = tl.where(b_inv > 0.0, b_order * b_order, 0.0)
-    else:
-        m_good = tl.abs(b_order) < float("inf")
-        b_residual = tl.where(b_order > 0.0, b_order, 0.0)
-    return tl.where(m_n, tl.where(m_good, b_residual, BAD), TAKEN)
-
-
-@triton.jit
-def block(at, BN: tl.constexpr):
-    """`at` and the next, loaded one by one: all arrays of a block have C's layout, none is carried to another's."""
-    return tl.max_contiguous(at + tl.arange(0, BN), 1)
-
-
-@triton.jit
-def flags_of(p_flag, first, o_n, m_n):
-    """1 where the byte of a token is not 0; 0 for all without flags."""
-    b_flag = o_n * 0
-    if p_flag is not None:
-        b_flag = (tl.load(p_flag + first + o_n, mask=m_n, other=0) != 0).to(tl.int32)
-    return b_flag
-
-
-@triton.jit
-def best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted):
-    """The largest of the int64 keys of the columns; a key is 0 where a token is not free."""
-    b_level = tl.where(b_residual >= 0.0, 2 + b_tier, tl.where(b_residual == BAD, 1, 0))
-    b_value = tl.where(b_residual >= 0.0, b_residual, 0.0).to(tl.int32, bitcast=True)
-    if exhausted > 1:
-        b_order = order_key(order_of(p_order, p_k, stride_diagonal, first, o_n, m_n))
-        b_value = tl.where(b_level == exhausted, b_order, b_value)
-    b_index = ((MOST_TOKENS - 1 - o_n) << 1) | b_stop
-    b_key = (b_level.to(tl.int64) << 61) | ((b_value.to(tl.int64) + 0x80000000) << 29) | b_index.to(tl.int64)
-    return tl.max(tl.where(b_level > 0, b_key, 0), axis=0)
-
-
-@triton.jit
-def publish(p_slots, i_round, n_slots, i_slot, best, n_g):
-    """Hands the best key of this program to those it shares the image with, and with it all it has written so far."""
-    if n_g > 1:
-        p_slot = p_slots + tl.cast(i_round, tl.int64) * n_slots + i_slot
-        tl.atomic_xchg(p_slot, tl.maximum(best, 1), sem="release", scope="gpu")
-
-
-@triton.jit
-def best_of_all(p_slots, i_round, n_slots, i_slot, best, n_g, p_progress, BG: tl.constexpr):
-    """The best key of all programs that share the image (from slot i_slot on), once they have all published theirs."""
-    if n_g > 1:
-        p_round = p_slots + tl.cast(i_round, tl.int64) * n_slots + i_slot
-        o_g = tl.arange(0, BG)
-        b_keys = tl.load(p_round + o_g, mask=o_g < n_g, other=1, volatile=True)
-        if p_progress is None:
-            while tl.min(b_keys, axis=0) == 0:
-                b_keys = tl.load(p_round + o_g, mask=o_g < n_g, other=1, volatile=True)
-            tl.debug_barrier()
-        best = tl.max(b_keys, axis=0)
-    return best
-
-
-@triton.jit
-def level_cosine(b_cos, b_own, own_j):
-    """Cosines, or their multiples, by norms from the same products: of two equal tokens it is exactly 1.
-
-    Their cosine has then the same bits c as that of each with itself, and in IEEE arithmetic c / sqrt(c c) is 1. What
-    is left of the variance of a token equal to a pick is the rounding of about 15 operations, 15 * 2^-24, below
-    RANK_TOLERANCE whatever D.
-    """
-    b_square = b_own * own_j
-    return tl.div_rn(b_cos, tl.sqrt_rn(tl.where(b_square > 0.0, b_square, 1.0)))
-
-
-@triton.jit
-def feature_row(
-    p_x,  # first token of the image
-    p_relevance,
-    p_inv,
-    p_scale,
-    p_own,
-    p_row,  # fp32, written at this program's columns
-    first,
-    j,  # a token, or None: every token with itself, to p_own
-    i_from,  # first column of this program
-    n,
-    strides,
-    D,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """L[j, :] from the tokens, at the columns of this program; a token with residual left is no zero row."""
-    for i_r in range(i_from, tl.minimum(i_from + BN, n), BR):
-        o_r = i_r + tl.arange(0, BR)
-        m_r = o_r < n
-        b_scale = tl.load(p_scale + first + o_r, mask=m_r, other=1.0)
-        b_inv = tl.load(p_inv + first + o_r, mask=m_r, other=0.0)
-        p_r = p_x + o_r.to(tl.int64) * strides[1]
-        b_dot = tl.zeros([BR, BD], dtype=tl.float32)
-        for i_d in range(0, D, BD):
-            o_d = (i_d + tl.arange(0, BD)).to(tl.int64)
-            m_d = o_d < D
-            b_x = tl.load(p_r[:, None] + o_d[None, :] * strides[2], mask=m_r[:, None] & m_d[None, :], other=0.0)
-            b_x = widen(b_x) * b_scale[:, None]
-            b_y = b_x
-            if j is not None:
-                p_xj = p_x + j.to(tl.int64) * strides[1] + o_d * strides[2]
-                b_y = (widen(tl.load(p_xj, mask=m_d, other=0.0)) * tl.load(p_scale + first + j))[None, :]
-            b_dot += b_x * b_y  # [BR, BD]
-        if j is not None:
-            b_r = finite_relevance(tl.load(p_relevance + first + o_r, mask=m_r, other=0.0))
-            b_r *= finite_relevance(tl.load(p_relevance + first + j))
-            b_own = tl.load(p_own + first + o_r, mask=m_r, other=1.0)
-            b_cos = tl.sum(b_dot, axis=1) * (b_inv * tl.load(p_inv + first + j))
-            b_cos = level_cosine(b_cos, b_own, tl.load(p_own + first + j, cache_modifier=".cg"))
-            tl.store(p_row + first + o_r, tl.where(b_inv > 0.0, b_cos * b_r, 0.0), mask=m_r)
-        else:
-            tl.store(p_own + first + o_r, tl.sum(b_dot, axis=1) * (b_inv * b_inv), mask=m_r)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def greedy_kernel(
     p_kernel,  # fp32 L, or None: its rows are made of the tokens
@@ -201,6 +67,10 @@ def greedy_kernel(
     p_scale,  # fp32, one per token: row statistics, or None with L in memory
     p_unit,  # fp32 [S]: gains are squares of it, or None
     p_own,  # fp32, one per token: cosine with itself as products give it; written with tokens; None without relevance
+    p_start,  # fp32, one per token: what the residuals start from, NaN for bad tokens; None: L_ii
+    p_weight,  # fp32, one per token: what rows of L are weighted with, or None: p_order
+    p_offset,  # fp32, one per token: see above; or None: a Cholesky factor
+    p_slope,
     p_tier,  # uint8, one per token: not 0 in the tier that goes first, or None
     p_stop,  # uint8, one per token: not 0 if its pick counts towards `need`, or None
     p_limit,  # int32 [S]: picks per segment, for segments
@@ -208,7 +78,7 @@ def greedy_kernel(
     p_cu,
     p_indices,  # int64 [S, K]
     p_gains,  # fp32 [S, K]
-    p_factor,  # fp32 C, (total slots, cdiv(K, BV), BN, BV) or (cdiv(K, BV), T, BV)
+    p_factor,  # fp32 C, (total slots, cdiv(K, BV), BN, BV) or (cdiv(K, BV), T, BV); None with p_offset
     p_row,  # fp32, one per token, with tokens
     p_slots,  # int64 [rounds, n_slots], cleared, or None: one program per image
     p_residual,  # fp32, one per token, or None: all rounds in this launch
@@ -251,14 +121,18 @@ def greedy_kernel(
         k = tl.minimum(tl.minimum(tl.load(p_limit + i_s), K), n)
         stride_c = tl.cast(N, tl.int64) * BV
         panel = BV * BN
-        p_c = p_factor + BV * first
     else:
         stride_c = BV * BN
         panel = tl.cast(tl.cdiv(K, BV), tl.int64) * (BV * BN)
-        p_c = p_factor + i_image * slots * panel
         n_load = tl.cdiv(N, 16) * 16
+    if p_factor is not None:
+        p_c = p_factor + (BV * first if p_cu is not None else i_image * slots * panel)
+        p_mine = p_c + i_g * panel
     if p_need is not None:
         need = tl.load(p_need + i_s)
+    p_relevance = p_order
+    if p_weight is not None:
+        p_relevance = p_weight
     p_k = p_kernel
     n_row = n
     stride_diagonal = stride_kn
@@ -279,7 +153,6 @@ def greedy_kernel(
     # Past the image's end its last column stands in: no load of C needs a mask
     o_c = tl.minimum(tl.arange(0, BN), n - 1 - at)
     o_mine = BV * o_c[:, None] + tl.arange(0, BV)[None, :]  # [BN, BV]
-    p_mine = p_c + i_g * panel
     b_tier = flags_of(p_tier, first, o_n, m_n)
     b_stop = flags_of(p_stop, first, o_n, m_n)
 
@@ -289,7 +162,7 @@ def greedy_kernel(
     exhausted = tl.full([], 0, tl.int32)
     count = tl.full([], 0, tl.int32)
     top = tl.full([], 0.0, tl.float32)
-    b_residual = initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n)
+    b_residual = initial_residual(p_start, p_order, p_inv, p_k, stride_diagonal, first, o_n, m_n)
     if p_progress is not None:
         p_state = p_progress + i_slot * 8
         if round_from >= 0:
@@ -306,7 +179,23 @@ def greedy_kernel(
     if p_kernel is None:
         if round_from < 0:
             p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
-            feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, None, at, n, strides_x, D, BN, BR, BD)
+            feature_row(
+                p_x,
+                p_relevance,
+                p_inv,
+                p_scale,
+                p_own,
+                p_row,
+                first,
+                None,
+                at,
+                n,
+                strides_x,
+                D,
+                BN,
+                BR,
+                BD,
+            )
             tl.debug_barrier()  # and the first exchange brings it to the other programs
     elif p_own is not None:
         b_own = tl.load(p_own + first + o_n, mask=m_n, other=1.0)
@@ -316,7 +205,7 @@ def greedy_kernel(
     if p_tier is not None:
         for i_n in range(0, n, BN):
             o_a = block(i_n, BN)
-            b_diag = initial_residual(p_order, p_inv, p_k, stride_diagonal, first, o_a, o_a < n)
+            b_diag = initial_residual(p_start, p_order, p_inv, p_k, stride_diagonal, first, o_a, o_a < n)
             top_rest = tl.maximum(top_rest, tl.max(b_diag, axis=0))
 
     best = best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted)
@@ -334,7 +223,10 @@ def greedy_kernel(
         scale = top
         if p_tier is not None:
             scale = tl.where(level == 3, top, top_rest)
-        if ranked & (gain <= RANK_TOLERANCE * scale):
+        least = RANK_TOLERANCE * scale
+        if p_offset is not None:
+            least = -1.0  # these have no rank to exhaust
+        if ranked & (gain <= least):
             exhausted = level
         else:
             if i_g == 0:
@@ -346,7 +238,23 @@ def greedy_kernel(
             if ranked & (t < k) & (count < need):
                 if p_kernel is None:
                     p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
-                    feature_row(p_x, p_order, p_inv, p_scale, p_own, p_row, first, j, at, n, strides_x, D, BN, BR, BD)
+                    feature_row(
+                        p_x,
+                        p_relevance,
+                        p_inv,
+                        p_scale,
+                        p_own,
+                        p_row,
+                        first,
+                        j,
+                        at,
+                        n,
+                        strides_x,
+                        D,
+                        BN,
+                        BR,
+                        BD,
+                    )
                     tl.debug_barrier()
                     b_row = tl.load(p_row + first + o_n, mask=m_n, other=0.0)
                 else:
@@ -354,19 +262,24 @@ def greedy_kernel(
                     b_row = tl.load(p_kj + o_n.to(tl.int64) * stride_kc, mask=o_n < n_row, other=0.0)
                     if p_own is not None:
                         own_j = tl.load(p_own + first + j)
-                # The row is asked for first and used last: it travels while C does
-                p_j = p_c + j // BN * panel + BV * (j % BN)
-                b_sum = project(p_mine, o_mine, p_j, m, stride_c, PAST_L1, BN, BV, BC)
+                if p_factor is not None:  # the row is asked for first and used last: it travels while C does
+                    p_j = p_c + j // BN * panel + BV * (j % BN)
+                    b_sum = project(p_mine, o_mine, p_j, m, stride_c, PAST_L1, BN, BV, BC)
                 if p_kernel is not None:
                     b_row = tl.where(tl.abs(b_row) < float("inf"), b_row, 0.0)
                     if p_own is not None:
                         b_row = level_cosine(b_row, b_own, own_j)
-                b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
-                b_less = tl.fma(-b_new, b_new, b_residual)
+                if p_factor is not None:
+                    b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
+                    b_less = tl.fma(-b_new, b_new, b_residual)
+                    p_new = p_mine + (m // BV).to(tl.int64) * stride_c + m % BV
+                    tl.store(p_new + BV * (o_n - at), b_new, mask=m_n)
+                else:
+                    b_slope = tl.load(p_slope + first + o_n, mask=m_n, other=0.0)
+                    b_less = tl.fma(-b_slope, b_row, tl.load(p_offset + first + o_n, mask=m_n, other=0.0))
+                    b_less = tl.where((m > 0) & (b_residual < b_less), b_residual, b_less)
                 b_less = tl.where(b_less > 0.0, b_less, 0.0)  # NaN counts as 0
                 b_residual = tl.where(b_residual >= 0.0, b_less, b_residual)
-                p_new = p_mine + (m // BV).to(tl.int64) * stride_c + m % BV
-                tl.store(p_new + BV * (o_n - at), b_new, mask=m_n)
                 m += 1
         i_round += 1
         tl.debug_barrier()  # the row of C is read by other threads in the next round
@@ -421,6 +334,9 @@ def launch_greedy(
     tokens: torch.Tensor | None = None,
     own: torch.Tensor | None = None,
     unit: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    nearest: tuple[torch.Tensor, torch.Tensor] | None = None,
     tier: torch.Tensor | None = None,
     stop: torch.Tensor | None = None,
     need: int | torch.Tensor = 0,
@@ -432,7 +348,9 @@ def launch_greedy(
     order: relevance, one per token, with `rows`; or, without them, the kernel itself, whose diagonal is then used.
     kernel: L (B, N, N), of any strides where it is the order, or (T, W) of packed segments, in rows as `launch_pairs`
     leaves them, with its `own`; tokens: for a stage that makes the rows of L of them. unit: (S,) fp32, of the
-    relevance: gains come in squares of it.
+    relevance: gains come in squares of it. start: fp32 per token, the residuals to start from in place of L_ii, NaN for
+    bad tokens; weight: what the rows of L are weighted with in place of the order. nearest: offset and slope per token,
+    for a choice by the nearest pick: L is then S.
     tier: bool per token, True goes first. stop, need: end after `need` picks for which `stop` holds (for packed
     segments an int32 tensor). limits: int32 picks per packed segment. `out` is written in place of new tensors.
     """
@@ -449,7 +367,9 @@ def launch_greedy(
         order = order.contiguous()
         strides_k = (strides_k[0] // 16, strides_k[1] // 16, strides_k[2])
     columns = layout.n if layout.packed else plan.total * plan.columns
-    factor = torch.empty((triton.cdiv(k, stage.neighbours), columns, stage.neighbours), device=device)
+    factor = None
+    if nearest is None:
+        factor = torch.empty((triton.cdiv(k, stage.neighbours), columns, stage.neighbours), device=device)
     row = None
     if stage.features:
         row, own = torch.empty((2, layout.rows), device=device)
@@ -471,6 +391,9 @@ def launch_greedy(
                 rows.scale if rows is not None and stage.features else None,
                 unit,
                 own,
+                start,
+                weight,
+                *(nearest or (None, None)),
                 None if tier is None else tier.view(torch.uint8),
                 None if stop is None else stop.view(torch.uint8),
                 limits,

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .replay import current, explain
+
 WIDEST = 8192  # L of an image of more tokens is not kept in memory
 
 
@@ -72,15 +74,15 @@ def launch(kernel: Any, programs: int, *arguments: Any, registers: int | None = 
         options["maxnreg"] = registers
     with guard:
         try:
-            kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
+            compiled = kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
         except RuntimeError as error:
-            if "launch_cooperative_grid" not in options or "cooperative" not in str(error):
-                raise
-            raise RuntimeError(
-                f"{kernel.__name__} of script.dpp_map, qcsp and prune: its {programs} programs wait for each other and "
-                f"the GPU has no room for all of them at once ({error}). A green context or an MPS limit "
-                "(CUDA_MPS_ACTIVE_THREAD_PERCENTAGE) may hold back multiprocessors: lift it for this process"
-            ) from error
+            if "launch_cooperative_grid" in options:
+                explain(error, kernel.__name__, programs)
+            raise
+    recorder = getattr(current, "recorder", None)
+    if recorder is not None:
+        constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+        recorder.note(compiled, kernel.__name__, programs, [*arguments, *constants])
 
 
 def saturate(x: float) -> float:

@@ -183,6 +183,7 @@ def pair_kernel(
     rows,
     threshold,
     floor,  # of the relevance that is made here
+    power,  # of the same, or None
     BT: tl.constexpr,
     BD: tl.constexpr,
     BCLEAR: tl.constexpr,
@@ -225,8 +226,8 @@ def pair_kernel(
         b_inv_n = tl.load(p_inv + first + o_n, mask=m_n, other=0.0)
         if p_score is not None:
             b_score_m = tl.load(p_score + first + o_m, mask=m_m, other=0.0)
-            b_r_m = min_max(b_score_m, low, high, floor)
-            b_r_n = min_max(tl.load(p_score + first + o_n, mask=m_n, other=0.0), low, high, floor)
+            b_r_m = min_max(b_score_m, low, high, floor, power)
+            b_r_n = min_max(tl.load(p_score + first + o_n, mask=m_n, other=0.0), low, high, floor, power)
             if i_n == i_m:
                 tl.store(p_relevance + first + o_m, tl.where(b_score_m == float("inf"), b_score_m, b_r_m), mask=m_m)
         else:
@@ -364,15 +365,16 @@ def launch_pairs(
     *,
     threshold: float = 0.0,
     floor: float = 0.0,
+    power: float = 1.0,
     width: int | None = None,
     clear: torch.Tensor | None = None,
 ) -> Pairs:
     """Relevance and L in one launch, which adds to `rows.sums` if there are any.
 
     relevance: one per token, fp32; without it, it is made of `rows.score` and their `reach` (`MeanQuery.reach`, None:
-    no query), not below `floor`, and +inf marks bad tokens. width: of L; images have it whole or, if they are too
-    long, not at all; what lies past a segment's length is not written. `clear` is an int64 buffer that the same launch
-    sets to zero.
+    no query), not below `floor`, to the power of `power`, and +inf marks bad tokens. width: of L; images have it whole
+    or, if they are too long, not at all; what lies past a segment's length is not written. `clear` is an int64 buffer
+    that the same launch sets to zero.
     """
     sums = rows.sums
     scored = relevance is None
@@ -411,6 +413,7 @@ def launch_pairs(
         layout.rows,
         saturate(threshold),
         float(floor),
+        None if power == 1 else float(power),
         BCLEAR=CLEAR_BLOCK,
         registers=PAIR_REGISTERS,
         **tile,

@@ -238,11 +238,17 @@ def score_range(p_range, i_s):
 
 
 @triton.jit
-def min_max(b_score, low, high, floor):
-    """Relevance in [floor, 1] from raw scores and their range: ones if that is empty, 0 for bad rows (score +inf)."""
+def min_max(b_score, low, high, floor, power):
+    """Relevance in [floor, 1] from raw scores and their range: ones if that is empty, 0 for bad rows (score +inf).
+
+    power: of the relevance, or None for 1.
+    """
     m_constant = high - low <= 1e-6
     b_r = (b_score - low) / tl.where(m_constant, 1.0, high - low)
     b_r = floor + (1.0 - floor) * tl.minimum(tl.maximum(b_r, 0.0), 1.0)
+    if power is not None:
+        b_power = tl.exp2(power * tl.log2(tl.where(b_r > 0.0, b_r, 1.0)))
+        b_r = tl.where(b_r > 0.0, b_power, tl.where(power > 0.0, 0.0, 1.0))
     b_r = tl.where(b_score >= high, 1.0, b_r)
     b_r = tl.where(m_constant, 1.0, b_r)
     return tl.where(b_score == float("inf"), 0.0, b_r)
@@ -255,7 +261,7 @@ def min_max_kernel(p_score, p_range, p_relevance, S, N, slots, BLOCK: tl.constex
     m_n = o_n < n
     b_score = tl.load(p_score + first + o_n, mask=m_n, other=0.0)
     low, high = score_range(p_range, i_s)
-    tl.store(p_relevance + first + o_n, min_max(b_score, low, high, 0.0), mask=m_n)
+    tl.store(p_relevance + first + o_n, min_max(b_score, low, high, 0.0, None), mask=m_n)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -16,14 +16,22 @@ inline Vec zero_unless_finite(Vec x) {
   return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
 }
 
-// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d.
+constexpr int64_t kStepsAhead = 16;
+
+// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d. `first`: of the tiles
+// that pass over a panel's rows, this one fetches them, for itself and the others.
 template <int M, int V>
 [[gnu::always_inline]] inline void subtract_products(Vec (&sum)[M][V], const float* const* a, const float* rows,
-                                                     int64_t depth) {
+                                                     int64_t depth, bool first) {
   const float* x[M];
   SCRIPT_UNROLL(8)
   for (int r = 0; r < M; ++r) x[r] = a[r];
   for (int64_t d = 0; d < depth; ++d) {
+    if (kNarrow && first) {
+      const char* ahead = reinterpret_cast<const char*>(rows + (d + kStepsAhead) * kPanel);
+      SCRIPT_UNROLL(4)
+      for (int64_t i = 0; i < kPanel * 4; i += kLine) __builtin_prefetch(ahead + i);
+    }
     Vec b[V];
     SCRIPT_UNROLL(4)
     for (int v = 0; v < V; ++v) b[v] = load<Vec>(rows + d * kPanel + v * kFloats);
@@ -45,7 +53,7 @@ struct ProjectTile {
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) sum[r][v] = load<Vec>(g + r * kPanel + v * kFloats);
     }
-    subtract_products(sum, a, rows, depth);
+    subtract_products(sum, a, rows, depth, false);
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) {
       SCRIPT_UNROLL(4)
@@ -74,7 +82,7 @@ struct ExtendTile {
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) sum[r][v] = zero_unless_finite(load<Vec>(entries[r] + column + v * kFloats));
     }
-    subtract_products(sum, factor, rows + column, done);
+    subtract_products(sum, factor, rows + column, done, column == 0);
     Vec left[V];
     SCRIPT_UNROLL(4)
     for (int v = 0; v < V; ++v) left[v] = load<Vec>(residual + column + v * kFloats);

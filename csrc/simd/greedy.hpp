@@ -16,14 +16,22 @@ inline Vec zero_unless_finite(Vec x) {
   return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
 }
 
-// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d.
+constexpr int64_t kStepsAhead = 16;
+
+// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d. `first`: of the tiles
+// that pass over a panel's rows, this one fetches them, for itself and the others.
 template <int M, int V>
 [[gnu::always_inline]] inline void subtract_products(Vec (&sum)[M][V], const float* const* a, const float* rows,
-                                                     int64_t depth) {
+                                                     int64_t depth, bool first) {
   const float* x[M];
   SCRIPT_UNROLL(8)
   for (int r = 0; r < M; ++r) x[r] = a[r];
   for (int64_t d = 0; d < depth; ++d) {
+    if (kNarrow && first) {
+      const char* ahead = reinterpret_cast<const char*>(rows + (d + kStepsAhead) * kPanel);
+      SCRIPT_UNROLL(4)
+      for (int64_t i = 0; i < kPanel * 4; i += kLine) __builtin_prefetch(ahead + i);
+    }
     Vec b[V];
     SCRIPT_UNROLL(4)
     for (int v = 0; v < V; ++v) b[v] = load<Vec>(rows + d * kPanel + v * kFloats);
@@ -45,7 +53,7 @@ struct ProjectTile {
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) sum[r][v] = load<Vec>(g + r * kPanel + v * kFloats);
     }
-    subtract_products(sum, a, rows, depth);
+    subtract_products(sum, a, rows, depth, false);
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) {
       SCRIPT_UNROLL(4)
@@ -55,9 +63,10 @@ struct ProjectTile {
 };
 
 void project(const float* const* a, int count, const float* rows, int64_t depth, float* g) {
-  for (int r = 0; r < count; r += kRows) {
+  for (int r = 0, m = 0; r < count; r += m) {
+    m = tile_rows(count - r);
     for (int c = 0; c < kPanel; c += kVectors * kFloats) {
-      dispatch_tile<ProjectTile>(count - r, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
+      dispatch_tile<ProjectTile>(m, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
     }
   }
 }
@@ -73,7 +82,7 @@ struct ExtendTile {
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) sum[r][v] = zero_unless_finite(load<Vec>(entries[r] + column + v * kFloats));
     }
-    subtract_products(sum, factor, rows + column, done);
+    subtract_products(sum, factor, rows + column, done, column == 0);
     Vec left[V];
     SCRIPT_UNROLL(4)
     for (int v = 0; v < V; ++v) left[v] = load<Vec>(residual + column + v * kFloats);
@@ -99,10 +108,11 @@ struct ExtendTile {
 
 float extend(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
              int64_t done, float* rows, float* residual) {
-  for (int r = 0; r < m; r += kRows) {
+  for (int r = 0, tile = 0; r < m; r += tile) {
+    tile = tile_rows(m - r);
     for (int c = 0; c < kPanelVectors; c += kVectors) {
-      dispatch_tile<ExtendTile>(m - r, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows,
-                                residual, c * kFloats);
+      dispatch_tile<ExtendTile>(tile, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows, residual,
+                                c * kFloats);
     }
   }
   Vec top = load<Vec>(residual);

@@ -129,6 +129,19 @@ inline Int lowest_lane(Int v) {
   return fold_lanes<kFloats / 2>(v, [](Int a, Int b) { return a < b ? a : b; });
 }
 
+// Whether a register tile is narrower than a panel. What it reads then stands apart, and the hardware does not foresee
+// it: a panel that comes from memory is fetched by hand.
+constexpr bool kNarrow = kVectors < kPanelVectors;
+constexpr int64_t kLine = 64;  // bytes
+
+// Rows of the next register tile when `left` are still to go: as even as they come, since a tile of a row or two waits
+// for its own sums: eight rows are 4 and 4, not 6 and 2. Three rows of four vectors wait for their loads instead.
+inline int tile_rows(int left) {
+  if (kVectors > 2 && left == kRows + 1) return kRows;
+  const int tiles = (left + kRows - 1) / kRows;
+  return (left + tiles - 1) / tiles;
+}
+
 // Calls tile<M, V>() for a run-time number of rows and vectors.
 template <template <int, int> class Tile, int M = kRows, int V = kVectors, typename... Args>
 inline void dispatch_tile(int rows, int vectors, Args... args) {

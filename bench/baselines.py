@@ -98,7 +98,7 @@ def query_relevance(tokens: Tensor, query: Tensor) -> Tensor:
 
 def prune(
     tokens: Tensor,
-    query: Tensor,
+    query: Tensor | None,
     keep: int,
     ranks: int,
     survivors: int,
@@ -107,7 +107,8 @@ def prune(
     redundancy: Callable[[Tensor], Tensor] = bipartite_redundancy,
 ) -> Tensor:
     """Relevance, GSP, QCSP with `ranks` picks, the intersection filled up to `keep`: (B, keep) ascending."""
-    ranking = qcsp(tokens, query_relevance(tokens, query), ranks, build, step)
+    relevance = tokens.new_ones(tokens.shape[:2]).float() if query is None else query_relevance(tokens, query)
+    ranking = qcsp(tokens, relevance, ranks, build, step)
     return mask_intersect(ranking, gsp(tokens, survivors, redundancy), keep)
 
 

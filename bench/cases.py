@@ -49,6 +49,7 @@ class Inputs:
     dtype: torch.dtype
     device: torch.device
     kind: str
+    asks: bool = True  # False: no query, and every relevance is 1
 
     @functools.cached_property
     def tokens(self) -> Tensor:
@@ -59,10 +60,17 @@ class Inputs:
 
     @functools.cached_property
     def query(self) -> Tensor:
+        """What query_relevance is given; `question` is what prune is."""
         return testing.make_query(1, QUERY_VECTORS, self.width, dtype=self.dtype, device=self.device)
+
+    @property
+    def question(self) -> Tensor | None:
+        return self.query if self.asks else None
 
     @functools.cached_property
     def relevance(self) -> Tensor:
+        if not self.asks:
+            return torch.ones(self.row.batch, self.row.tokens, device=self.device)
         return testing.make_relevance(self.row.batch, self.row.tokens, device=self.device)
 
     @functools.cached_property
@@ -139,7 +147,7 @@ class Case:
         """What people run today on the same arguments, once more under torch.compile."""
         op, arguments = self.op, self.arguments
         if op == "prune_varlen":  # the segments are of one length here, so they are a batch
-            op, arguments = "prune", (self.inputs.tokens, self.inputs.query, self.inputs.row.keep)
+            op, arguments = "prune", (self.inputs.tokens, self.inputs.question, self.inputs.row.keep)
         if op == "prune":
             arguments = (*arguments, self.inputs.ranks, self.inputs.survivors)
         function = baselines.compiled(op) if compiled else getattr(baselines, op)
@@ -194,9 +202,9 @@ def make_case(op: str, inputs: Inputs) -> Case:
         arguments = (inputs.ranking, inputs.mask, k)
         work = testing.mask_intersect_work(row.batch, row.tokens, inputs.ranks, k)
     elif op in ("prune", "prune_varlen"):
-        packed = (x.reshape(-1, inputs.width), inputs.cu_seqlens, inputs.query, [k] * row.batch)
-        arguments = (x, inputs.query, k) if op == "prune" else packed
-        work = testing.prune_work(*shape, k, size, Q=QUERY_VECTORS)
+        packed = (x.reshape(-1, inputs.width), inputs.cu_seqlens, inputs.question, [k] * row.batch)
+        arguments = (x, inputs.question, k) if op == "prune" else packed
+        work = testing.prune_work(*shape, k, size, Q=QUERY_VECTORS if inputs.asks else 0)
     else:
         raise ValueError(f"op: expected one of {OPS}, got {op!r}")
     return Case(op, arguments, functools.partial(getattr(gates, op), *arguments), work, inputs)

@@ -75,12 +75,15 @@ def mask_intersect(ranking: Tensor, mask: Tensor, k: int) -> None:
         assert got == expected, "the intersection is wrong"
 
 
-def prune(tokens: Tensor, query: Tensor, keep: int) -> None:
+def prune(tokens: Tensor, query: Tensor | None, keep: int) -> None:
     """Equal to its stages put together, each of them checked."""
     count = tokens.shape[1]
     ranks, survivors = min(count, 2 * keep), count - math.floor(0.25 * count)
-    query_relevance(tokens, query)
-    relevance = script_kernels.query_relevance(tokens, query)
+    if query is None:
+        relevance = torch.ones(tokens.shape[:2], device=tokens.device)
+    else:
+        query_relevance(tokens, query)
+        relevance = script_kernels.query_relevance(tokens, query)
     ranking, _ = script_kernels.qcsp(tokens, relevance, ranks)
     testing.certify(testing.kernel64(tokens, relevance), ranking)
     gsp(tokens, survivors)
@@ -89,7 +92,7 @@ def prune(tokens: Tensor, query: Tensor, keep: int) -> None:
     assert torch.equal(script_kernels.prune(tokens, query, keep), expected), "prune differs from its stages"
 
 
-def prune_varlen(tokens: Tensor, cu_seqlens: Tensor, query: Tensor, keep: list[int]) -> None:
+def prune_varlen(tokens: Tensor, cu_seqlens: Tensor, query: Tensor | None, keep: list[int]) -> None:
     starts = cu_seqlens.tolist()
     parts = [
         script_kernels.prune(tokens[None, start:end], query, count)[0] + start

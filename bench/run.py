@@ -62,6 +62,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--widths", type=numbers, help="token widths D")
     parser.add_argument("--dtypes", type=names(tuple(DTYPES)), default=("float32", "bfloat16"))
     parser.add_argument("--tokens", choices=testing.KINDS, default="powerlaw", help="kind of tokens (powerlaw)")
+    parser.add_argument("--no-query", action="store_true", help="prune without one, qcsp with a relevance of 1 for all")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cuda: the baselines and CUDA graphs too")
     parser.add_argument("--threads", type=numbers, help="with --cpu: 1,2")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per variant and case")
@@ -185,7 +186,7 @@ def run_here(options: argparse.Namespace, facts: dict[str, str], path: pathlib.P
                     gc.collect()
                     if large:
                         torch.cuda.empty_cache()  # a captured graph cannot use what the ordinary pool holds
-                    inputs = Inputs(row, width, DTYPES[dtype], device, options.tokens)
+                    inputs = Inputs(row, width, DTYPES[dtype], device, options.tokens, not options.no_query)
                 case = make_case(op, inputs)
                 results += measure(case, options, peaks)
                 report.write_csv(results, facts, path)
@@ -244,15 +245,16 @@ def main(arguments: list[str]) -> int:
         return run_here(options, {}, options.worker)[1]
 
     gpu = options.device.type == "cuda"
-    facts = report.environment(options.device) | {"inputs": options.tokens}
+    facts = report.environment(options.device) | {"inputs": options.tokens + (", no query" if options.no_query else "")}
     print("  ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     stem = ("baselines-" if options.cpu or gpu else "ops-") + options.device.type + ("-quick" if options.quick else "")
+    stem += "-no-query" if options.no_query else ""
     path = options.out / f"{stem}.csv"
     held: list[list[str]] = []
     if options.cpu:
         results, status = run_threads(arguments, options.threads or (1, 2))
         report.write_csv(results, facts, path)
-        judged = targets.judge(results)
+        judged = targets.judge_no_query(results) if options.no_query else targets.judge(results)
         if not (options.no_memory or options.quick or status):
             held, more = measure_memory(options.ops or CPU_OPS)
             judged += more

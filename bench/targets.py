@@ -28,6 +28,7 @@ FASTER = {
     ("prune", "bfloat16"): (6.0, 3.75, 3.75, 3.75, 6.0),
 }
 GSP_FLOOR = 1.5
+NO_QUERY_FLOOR = 1.5  # qcsp and prune without a query, whose floor counts every token against every pick
 BEATS_BMM = (Row(1, 2880, 320), Row(1, 8192, 640))
 
 ONE = Row(1, 576, 64)
@@ -84,6 +85,18 @@ def judge(results: list[Result], gpu: bool = False) -> list[Target]:
             share = ours.median / product.median
             found.append(Target(f"prune {row.name} float32: share of torch.bmm of S", 1.0, share, at_most=True))
     return found
+
+
+def judge_no_query(results: list[Result]) -> list[Target]:
+    """Of rows without a query, whatever the tokens: one thread, fp32."""
+    return [
+        Target(f"{r.op} {Row(r.batch, r.tokens, r.keep).name}: times its flop floor", NO_QUERY_FLOOR, 1 / share, True)
+        for r in results
+        if (r.variant, r.threads, r.width, r.dtype) == ("ours", 1, 1024, "float32")
+        and r.op in ("qcsp", "prune")
+        and r.tokens >= 2880
+        and (share := r.flop_floor / r.median)
+    ]
 
 
 def memory_targets(op: str, small: tuple[int, int], large: tuple[int, int]) -> list[Target]:

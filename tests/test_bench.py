@@ -1,5 +1,7 @@
 """The benchmark's own parts: it runs, its figures are sound, and a wrong result stops it."""
 
+import csv
+import dataclasses
 import math
 import os
 import pathlib
@@ -11,11 +13,12 @@ import time
 import pytest
 import torch
 
-from bench import baselines, cases, gates, model, report, run, targets, timing
+from bench import baselines, cases, gates, model, peak, report, run, targets, timing
 from bench.cases import DTYPES, OPS, QUICK_ROWS, ROWS, Inputs, Row, make_case
-from script_kernels import reference, testing
+from script_kernels import _core, reference, testing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIMD = _core.build_info()["simd"]
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -236,13 +239,40 @@ def test_without_matplotlib_the_rows_are_written(
 def test_floors_say_what_they_stand_on() -> None:
     peaks = timing.measure_peaks(torch.device("cpu"), size=64, copy_bytes=1 << 20)
     said = peaks.origin(torch.float32)
-    assert re.fullmatch(r"float32 (torch.mm|oneDNN linear) of 64 \d+ Gflop/s, copy of 1 MiB [\d.]+ GB/s", said)
+    product = r"(torch.mm|oneDNN linear|bipartite_match) of 64|multiply-adds alone: \d+ flop x [\d.]+ x [\d.]+ GHz"
+    assert re.fullmatch(rf"float32 ({product}) \d+ Gflop/s, copy of 1 MiB [\d.]+ GB/s", said)
     assert peaks.origin(torch.float16) == said, "the CPU widens fp16"
-    assert peaks.origin(torch.bfloat16).startswith("bfloat16 torch.mm of 64 ")
+    assert re.match(rf"bfloat16 ({product}) \d+ Gflop/s", peaks.origin(torch.bfloat16))
     flops, traffic = peaks.floor(2e9, 1e9, torch.float32)
     assert f"{2 / flops:.0f} Gflop/s" in said
     assert f"{1 / traffic:.1f} GB/s" in said
     assert "threads 1: a product, a copy" in report.table([result("qcsp", "ours", ROWS[0], 1.0)])
+
+
+@pytest.mark.skipif(peak.measure(SIMD, "float32") is None, reason="no loop of multiply-adds for this processor")
+def test_no_product_beats_multiply_adds_alone() -> None:
+    """And they are no fantasy: our product, with all that bipartite_match does besides, comes near."""
+    tokens = torch.randn(1024, 512)
+    (ours, _), (alone, name) = timing.own_rates(tokens, timing.Clock(tokens.device))
+    alone /= torch.get_num_threads()
+    assert 0.2 * alone < ours / torch.get_num_threads() < 1.1 * alone
+    units = float(re.search(r"flop x ([\d.]+) x", name)[1])
+    assert 0.4 < units < 2.3, "a core has one or two such units, or half of one"
+
+
+def test_without_a_query(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--no-query", "--rows", "40/6/B1", "--ops", "prune,qcsp,prune_varlen"]
+    assert run.main([*arguments, "--dtypes", "float32", "--out", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "ops-cpu-quick-no-query.csv").open()))
+    assert {row["op"] for row in rows} == {"prune", "qcsp", "prune_varlen"}
+    assert {row["inputs"] for row in rows} == {"powerlaw, no query"}
+    inputs = Inputs(Row(1, 40, 6), 32, torch.float32, torch.device("cpu"), "powerlaw", asks=False)
+    case = make_case("prune", inputs)
+    assert case.arguments[1] is None
+    case.gate()
+    assert case.eager()().shape == (1, 6)
+    slow = dataclasses.replace(result("prune", "ours", Row(1, 2880, 320), 1.0), flop_floor=0.5)
+    assert [target.met for target in targets.judge_no_query([slow])] == [False]
 
 
 def test_the_baselines_select_what_the_ops_select(inputs: Inputs) -> None:

@@ -106,3 +106,20 @@ def test_the_level_with_bf16_products_is_used_where_the_processor_has_them(aarch
     for cpu, name in (("cortex-a57", "baseline"), ("max", "neon_bf16")):
         result = subprocess.run([emulator(), "-cpu", cpu, str(aarch64), "level"], capture_output=True, timeout=60)
         assert result.stdout.decode() == name
+
+
+@pytest.mark.parametrize(
+    ("compiler", "flags"), [("g++", ["-O3"]), ("clang++", ["-O2", "-fsanitize=undefined", "-fno-sanitize-recover=all"])]
+)
+def test_products_have_the_same_bits_wherever_they_stand(
+    compiler: str, flags: list[str], tmp_path: pathlib.Path
+) -> None:
+    """With optimisation, and with the checks between operations that keep a compiler from fusing them."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    program = build_cores(tmp_path, ROOT / "tests/cores/products.cpp", compiler, flags)
+    for level in levels_of():
+        done = subprocess.run(
+            [program], capture_output=True, text=True, timeout=300, env={**os.environ, "SCRIPT_KERNELS_SIMD": level}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

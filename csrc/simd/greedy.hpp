@@ -7,8 +7,8 @@ namespace script::cpu {
 namespace {
 
 // A taken column (negative residual) keeps its mark; rounding below zero, or NaN, counts as explained.
-inline Vec lower_residual(Vec residual, Vec explained) {
-  return residual < Vec{} ? residual : max(residual - explained, Vec{});
+inline Vec lower_residual(Vec residual, Vec root) {
+  return residual < Vec{} ? residual : max(multiply_subtract(residual, root, root), Vec{});
 }
 
 inline Vec zero_unless_finite(Vec x) {
@@ -16,14 +16,22 @@ inline Vec zero_unless_finite(Vec x) {
   return bits_to_float(exponent == 0x7f800000u ? Uint{} : float_to_bits(x));
 }
 
-// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d.
+constexpr int64_t kStepsAhead = 16;
+
+// sum[r] -= sum_d a[r][d] * rows[d], one chain of multiply-adds per column in the order of d. `first`: of the tiles
+// that pass over a panel's rows, this one fetches them, for itself and the others.
 template <int M, int V>
 [[gnu::always_inline]] inline void subtract_products(Vec (&sum)[M][V], const float* const* a, const float* rows,
-                                                     int64_t depth) {
+                                                     int64_t depth, bool first) {
   const float* x[M];
   SCRIPT_UNROLL(8)
   for (int r = 0; r < M; ++r) x[r] = a[r];
   for (int64_t d = 0; d < depth; ++d) {
+    if (kNarrow && first) {
+      const char* ahead = reinterpret_cast<const char*>(rows + (d + kStepsAhead) * kPanel);
+      SCRIPT_UNROLL(4)
+      for (int64_t i = 0; i < kPanel * 4; i += kLine) __builtin_prefetch(ahead + i);
+    }
     Vec b[V];
     SCRIPT_UNROLL(4)
     for (int v = 0; v < V; ++v) b[v] = load<Vec>(rows + d * kPanel + v * kFloats);
@@ -31,7 +39,7 @@ template <int M, int V>
     for (int r = 0; r < M; ++r) {
       const Vec factor = splat(x[r][d]);
       SCRIPT_UNROLL(4)
-      for (int v = 0; v < V; ++v) sum[r][v] -= factor * b[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = multiply_subtract(sum[r][v], factor, b[v]);
     }
   }
 }
@@ -45,7 +53,7 @@ struct ProjectTile {
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) sum[r][v] = load<Vec>(g + r * kPanel + v * kFloats);
     }
-    subtract_products(sum, a, rows, depth);
+    subtract_products(sum, a, rows, depth, false);
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) {
       SCRIPT_UNROLL(4)
@@ -55,9 +63,10 @@ struct ProjectTile {
 };
 
 void project(const float* const* a, int count, const float* rows, int64_t depth, float* g) {
-  for (int r = 0; r < count; r += kRows) {
+  for (int r = 0, m = 0; r < count; r += m) {
+    m = tile_rows(count - r);
     for (int c = 0; c < kPanel; c += kVectors * kFloats) {
-      dispatch_tile<ProjectTile>(count - r, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
+      dispatch_tile<ProjectTile>(m, kVectors, a + r, rows + c, depth, g + r * kPanel + c);
     }
   }
 }
@@ -73,7 +82,7 @@ struct ExtendTile {
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) sum[r][v] = zero_unless_finite(load<Vec>(entries[r] + column + v * kFloats));
     }
-    subtract_products(sum, factor, rows + column, done);
+    subtract_products(sum, factor, rows + column, done, column == 0);
     Vec left[V];
     SCRIPT_UNROLL(4)
     for (int v = 0; v < V; ++v) left[v] = load<Vec>(residual + column + v * kFloats);
@@ -83,13 +92,13 @@ struct ExtendTile {
       for (int q = 0; q < r; ++q) {
         const Vec x = splat(factor[r][done + q]);
         SCRIPT_UNROLL(4)
-        for (int v = 0; v < V; ++v) sum[r][v] -= x * sum[q][v];
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_subtract(sum[r][v], x, sum[q][v]);
       }
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) {
         sum[r][v] *= inverse_diagonal[r];
         store(rows + (done + r) * kPanel + column + v * kFloats, sum[r][v]);
-        left[v] = lower_residual(left[v], sum[r][v] * sum[r][v]);
+        left[v] = lower_residual(left[v], sum[r][v]);
       }
     }
     SCRIPT_UNROLL(4)
@@ -99,10 +108,11 @@ struct ExtendTile {
 
 float extend(const float* const* entries, int m, const float* const* factor, const float* inverse_diagonal,
              int64_t done, float* rows, float* residual) {
-  for (int r = 0; r < m; r += kRows) {
+  for (int r = 0, tile = 0; r < m; r += tile) {
+    tile = tile_rows(m - r);
     for (int c = 0; c < kPanelVectors; c += kVectors) {
-      dispatch_tile<ExtendTile>(m - r, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows,
-                                residual, c * kFloats);
+      dispatch_tile<ExtendTile>(tile, kVectors, entries + r, factor + r, inverse_diagonal + r, done + r, rows, residual,
+                                c * kFloats);
     }
   }
   Vec top = load<Vec>(residual);
@@ -117,7 +127,7 @@ float lower(const float* const* entries, int m, const float* offset, const float
     Vec nearest = load<Vec>(entries[0] + c);
     for (int a = 1; a < m; ++a) nearest = max(load<Vec>(entries[a] + c), nearest);
     const Vec left = load<Vec>(residual + c);
-    const Vec value = max(load<Vec>(offset + c) - load<Vec>(slope + c) * nearest, Vec{});
+    const Vec value = max(multiply_subtract(load<Vec>(offset + c), load<Vec>(slope + c), nearest), Vec{});
     const Vec lowered = value < left ? value : left;  // a taken column keeps its mark
     store(residual + c, lowered);
     top = max(lowered, top);

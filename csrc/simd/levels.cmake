@@ -3,7 +3,7 @@
 set(SIMD_LEVELS_x86_64 baseline avx2 avx512 avx512_bf16)
 set(SIMD_LEVELS_aarch64 baseline neon_bf16)
 
-set(SIMD_FLAGS_ALL -ffp-contract=fast)
+set(SIMD_FLAGS_ALL -ffp-contract=off)
 set(SIMD_FLAGS_baseline)
 set(SIMD_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(SIMD_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c)

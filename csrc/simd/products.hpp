@@ -37,16 +37,7 @@ struct NoSquares {
 };
 struct FloatSquares {
   static constexpr bool kWanted = true;
-  // One rounding, as a register tile takes it. GCC would leave a chain of multiply-adds apart for some processors.
-  static Vec add(Vec sum, Vec x) {
-#if defined(__AVX512F__)
-    return _mm512_fmadd_ps(x, x, sum);
-#elif defined(__FMA__)
-    return _mm256_fmadd_ps(x, x, sum);
-#else
-    return sum + x * x;
-#endif
-  }
+  static Vec add(Vec sum, Vec x) { return multiply_add(sum, x, x); }  // as a register tile takes it
 };
 
 // Moves 32-bit words as they are: fp32 values, or pairs of bf16. Squares, if wanted, are summed on the way, in the
@@ -138,15 +129,18 @@ template <int M, int V>
   }
 }
 
-// A register tile of M rows x V vectors over `depth` steps, written to c or added to it.
+// A register tile of M rows x V vectors over `depth` steps, written to c or added to it. Meanwhile as many lines from
+// `next` on, if it is not null, are fetched into L2.
 template <int M, int V>
 struct FloatTile {
-  static void run(const float* const* a, int64_t start, const float* panel, int64_t depth, bool add, float* c) {
+  static void run(const float* const* a, int64_t start, const float* panel, int64_t depth, bool add, const char* next,
+                  float* c) {
     Vec sum[M][V] = {};
     const float* rows[M];
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
     for (int64_t d = 0; d < depth; ++d) {
+      if (kNarrow && next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
       Vec b[V];
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) b[v] = load<Vec>(panel + d * kPanel + v * kFloats);
@@ -154,7 +148,7 @@ struct FloatTile {
       for (int r = 0; r < M; ++r) {
         const Vec x = splat(rows[r][d]);
         SCRIPT_UNROLL(4)
-        for (int v = 0; v < V; ++v) sum[r][v] += x * b[v];
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(sum[r][v], x, b[v]);
       }
     }
     store_tile(sum, add, c);
@@ -167,12 +161,16 @@ inline void multiply(const Element* const* a, int rows, const Element* panel, in
   for (int64_t start = 0; start < depth; start += kChunk) {
     const int64_t steps = depth - start < kChunk ? depth - start : kChunk;
     const Element* chunk = panel + start * kPanel * kWord;
-    for (int r = 0; r < rows; r += kRows) {
-      const int m = rows - r < kRows ? rows - r : kRows;
+    const char* next = reinterpret_cast<const char*>(chunk + steps * kPanel * kWord);
+    for (int r = 0, m = 0; r < rows; r += m) {
+      m = tile_rows(rows - r);
       for (int v = 0; v < groups * kGroupVectors; v += kVectors) {
-        const int left = groups * kGroupVectors - v;
-        dispatch_tile<Tile>(m, left < kVectors ? left : kVectors, a + r, start * kWord, chunk + v * kFloats * kWord,
-                            steps, start > 0, c + r * kPanel + v * kFloats);
+        const int vectors = groups * kGroupVectors - v;
+        const int64_t lines = v / kVectors * steps;  // of the next chunk, which the tiles before fetch
+        const bool fetch = kNarrow && r == 0 && lines * kLine < steps * kPanel * 4;
+        dispatch_tile<Tile>(m, vectors < kVectors ? vectors : kVectors, a + r, start * kWord,
+                            chunk + v * kFloats * kWord, steps, start > 0, fetch ? next + lines * kLine : nullptr,
+                            c + r * kPanel + v * kFloats);
       }
     }
   }
@@ -187,12 +185,14 @@ void gemm(const float* const* a, int rows, const float* panel, int groups, int64
 // One step is a pair of bf16 values; rows and panels are even and zero padded.
 template <int M, int V>
 struct Bf16Tile {
-  static void run(const uint16_t* const* a, int64_t start, const uint16_t* panel, int64_t depth, bool add, float* c) {
+  static void run(const uint16_t* const* a, int64_t start, const uint16_t* panel, int64_t depth, bool add,
+                  const char* next, float* c) {
     Vec sum[M][V] = {};
     const uint16_t* rows[M];
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
     for (int64_t d = 0; d < depth; ++d) {
+      if (kNarrow && next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
       Int b[V];
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) b[v] = load<Int>(panel + (d * kPanel + v * kFloats) * 2);

@@ -43,8 +43,8 @@ RowStats row_stats(const float* x, const float* y, int64_t n) {
       const Vec v = load<Vec>(x + i + c * kFloats);
       const Uint a = float_to_bits(v) & magnitude;
       amax[c] = a > amax[c] ? a : amax[c];
-      squares[c] += v * v;
-      if (y != nullptr) products[c] += v * load<Vec>(y + i + c * kFloats);
+      squares[c] = multiply_add(squares[c], v, v);
+      if (y != nullptr) products[c] = multiply_add(products[c], v, load<Vec>(y + i + c * kFloats));
     }
   }
   RowStats stats{0, sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])),
@@ -55,8 +55,8 @@ RowStats row_stats(const float* x, const float* y, int64_t n) {
   for (; i < n; ++i) {
     const uint32_t a = float_to_bits(x[i]) & 0x7fffffffu;
     stats.amax_bits = a > stats.amax_bits ? a : stats.amax_bits;
-    stats.sum_squares += x[i] * x[i];
-    if (y != nullptr) stats.dot += x[i] * y[i];
+    stats.sum_squares = multiply_add(stats.sum_squares, x[i], x[i]);
+    if (y != nullptr) stats.dot = multiply_add(stats.dot, x[i], y[i]);
   }
   return stats;
 }

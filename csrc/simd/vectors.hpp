@@ -49,6 +49,27 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 inline Vec splat(float x) { return x - Vec{}; }
+
+// sum + x * y and sum - x * y, rounded once where the level has an instruction for it. Written out: left to themselves,
+// compilers take chains of them apart as they think best for a processor, and equal rows would not have equal products.
+#if defined(__AVX512F__)
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return _mm512_fmadd_ps(x, y, sum); }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return _mm512_fnmadd_ps(x, y, sum); }
+#elif defined(__FMA__)
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return _mm256_fmadd_ps(x, y, sum); }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return _mm256_fnmadd_ps(x, y, sum); }
+#elif defined(__aarch64__)
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return vfmaq_f32(sum, x, y); }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return vfmsq_f32(sum, x, y); }
+#else
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
+inline Vec multiply_subtract(Vec sum, Vec x, Vec y) { return sum - x * y; }
+#endif
+#if defined(__FMA__) || defined(__aarch64__)
+inline float multiply_add(float sum, float x, float y) { return __builtin_fmaf(x, y, sum); }
+#else
+inline float multiply_add(float sum, float x, float y) { return sum + x * y; }
+#endif
 inline Vec bits_to_float(Uint x) { return load<Vec>(&x); }
 inline Uint float_to_bits(Vec x) { return load<Uint>(&x); }
 inline float bits_to_float(uint32_t x) {
@@ -106,6 +127,19 @@ inline Vec largest_lane(Vec v) {
 }
 inline Int lowest_lane(Int v) {
   return fold_lanes<kFloats / 2>(v, [](Int a, Int b) { return a < b ? a : b; });
+}
+
+// Whether a register tile is narrower than a panel. What it reads then stands apart, and the hardware does not foresee
+// it: a panel that comes from memory is fetched by hand.
+constexpr bool kNarrow = kVectors < kPanelVectors;
+constexpr int64_t kLine = 64;  // bytes
+
+// Rows of the next register tile when `left` are still to go: as even as they come, since a tile of a row or two waits
+// for its own sums: eight rows are 4 and 4, not 6 and 2. Three rows of four vectors wait for their loads instead.
+inline int tile_rows(int left) {
+  if (kVectors > 2 && left == kRows + 1) return kRows;
+  const int tiles = (left + kRows - 1) / kRows;
+  return (left + tiles - 1) / tiles;
 }
 
 // Calls tile<M, V>() for a run-time number of rows and vectors.

@@ -58,7 +58,8 @@ int main(int argc, char** argv) {
     const std::vector<float> data = tokens_of(kind, n, width);
     const cpu::TokenView tokens{data.data(), cpu::DType::kFloat32, n, width, width, 1};
     const cpu::Query query{tokens.rows(0, 2), nullptr, 0};
-    if (op == "query_relevance") cpu::query_relevance(tokens, query, false, values.data(), cpu::serial);
+    if (op == "query_relevance")
+      cpu::query_relevance(tokens, query, false, cpu::Reduce::kMean, values.data(), cpu::serial);
     if (op == "bipartite_match") {
       cpu::bipartite_match(tokens, 0.2f, {values.data(), match.data(), degree.data(), more.data(), others.data()},
                            cpu::serial);

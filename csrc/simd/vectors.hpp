@@ -135,8 +135,8 @@ constexpr bool kNarrow = kVectors < kPanelVectors;
 constexpr int64_t kLine = 64;  // bytes
 
 // Rows of the next register tile when `left` are still to go: as even as they come, since a tile of a row or two waits
-// for its own sums: eight rows are 4 and 4, not 6 and 2. Three rows of four vectors wait for their loads instead. Where a
-// tile spans a panel, its sums are many enough, and fewer tiles are as good or better.
+// for its own sums: eight rows are 4 and 4, not 6 and 2. Three rows of four vectors wait for their loads instead.
+// Where a tile spans a panel, its sums are many enough, and fewer tiles are as good or better.
 inline int tile_rows(int left) {
   if (!kNarrow) return left < kRows ? left : kRows;
   if (kVectors > 2 && left == kRows + 1) return kRows;

@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET when its modules are imported, so this module come
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import os
@@ -40,8 +41,9 @@ class TritonBackend:
 
 
 def with_options(launch: Callable[..., Any], options: type, *arguments: Any, **given: Any) -> Any:
-    """The launcher called as the op is, with options as keywords."""
-    own = {name: given.pop(name) for name in ("aligned", "query_mask") if name in given}
+    """The launcher called as the op is, with options as keywords; what is none of them is the launcher's own."""
+    names = {field.name for field in dataclasses.fields(options)}
+    own = {name: given.pop(name) for name in list(given) if name not in names}
     return launch(*arguments, options(**given), **own)
 
 

@@ -113,6 +113,7 @@ def recording(group: str, target: str = "sm_90") -> Iterator[Callable[[str], lis
     def without_nvidias_options(self: Any, *arguments: Any, **options: Any) -> Any:
         if not target.startswith("sm_"):
             options.pop("maxnreg", None)
+            options |= {"TF32": False} if "TF32" in options else {}
         return run(self, *arguments, **options)
 
     def take(variant: str) -> list[Launch]:

@@ -262,7 +262,10 @@ def ldmatrix(instruction: Instruction) -> Step:
 
 
 def mma(instruction: Instruction) -> Step:
-    found = re.fullmatch(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.\1\.f32", instruction.opcode)
+    found = re.fullmatch(
+        r"mma\.sync\.aligned\.(?:m16n8k16\.row\.col\.f32\.(bf16|f16)\.\1|m16n8k8\.row\.col\.f32\.tf32\.tf32)\.f32",
+        instruction.opcode,
+    )
     if found is None:
         raise NotImplementedError(f"opcode {instruction.opcode}")
     d, a, b, c = (items(o) for o in instruction.operands)
@@ -272,7 +275,8 @@ def mma(instruction: Instruction) -> Step:
     def step(cta, mask) -> None:
         cta.whole_warps(mask)
         given = [[cta.spread(get(cta)) for get in some] for some in gets]
-        for put, value in zip(puts, warp.mma_16816(*given, found[1]), strict=True):
+        values = warp.mma_16816(*given, found[1]) if found[1] else warp.mma_1688(*given)
+        for put, value in zip(puts, values, strict=True):
             put(cta, mask, value)
 
     return step

@@ -145,6 +145,35 @@ def test_tensor_core_fragments(kind):
             assert d[i][lane] == (A @ B)[(lane >> 2) + 8 * (i // 2), lane % 4 * 2 + i % 2]
 
 
+def test_tensor_core_fragments_of_tf32():
+    """The same for numbers of 32 bits, whose last 13 do not count."""
+    random = np.random.default_rng(0)
+    A, B = random.integers(-4, 5, (16, 8)).astype(np.float32), random.integers(-4, 5, (8, 8)).astype(np.float32)
+    a, b = np.zeros((4, 32), np.uint32), np.zeros((2, 32), np.uint32)
+    for lane in range(32):
+        group, inside = lane >> 2, lane % 4
+        for i in range(4):  # a_i
+            row, col = group if i in (0, 2) else group + 8, inside if i < 2 else inside + 4
+            a[i, lane] = A[row, col].view(np.uint32) | 0x1FFF
+        for i in range(2):
+            b[i, lane] = B[inside if i == 0 else inside + 4, group].view(np.uint32) | 1
+    d = warp.mma_1688(list(a), list(b), [np.ones(32, np.float32)] * 4)
+    for lane in range(32):
+        for i in range(4):
+            assert d[i][lane] == (A @ B)[(lane >> 2) + 8 * (i // 2), lane % 4 * 2 + i % 2] + 1
+
+
+def test_tensor_cores_cut_off():
+    """What lies below the last bit of the largest of five terms is lost, whatever its sign."""
+    unit, one = np.float32(2.0**-23), np.zeros((1, 8))
+    one[0, 0] = 1
+    for small, expected in ((0.75, 1.0), (1.0, 1 + 2.0**-23), (-0.75, 1.0)):
+        assert warp.tensor_sum(one, np.float32(small * unit)[None])[0] == expected
+    later = np.zeros((1, 8))
+    later[0, [0, 1, 4]] = 0.75 * 2.0**-23, 0.75 * 2.0**-23, 1
+    assert warp.tensor_sum(later, np.zeros(1, np.float32))[0] == 1 + 2.0**-23
+
+
 def test_products_and_sums_are_rounded_once():
     random = np.random.default_rng(1)
     a, b = (random.standard_normal(2000).astype(np.float32) for _ in range(2))

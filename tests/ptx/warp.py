@@ -16,6 +16,9 @@ A_ROWS = np.stack([np.broadcast_to((_G + 8 * (r % 2))[:, None], (32, 2)) for r i
 A_COLS = np.stack([_PAIR + 8 * (r // 2) for r in range(4)], axis=1)  # [lane, register, half]
 B_ROWS = np.stack([_PAIR, _PAIR + 8], axis=1)
 B_COLS = np.broadcast_to(_G[:, None, None], (32, 2, 2))
+# m16n8k8 of TF32, one number a register
+A8_ROWS, A8_COLS = np.stack([_G, _G + 8] * 2, axis=1), np.stack([_C, _C, _C + 4, _C + 4], axis=1)
+B8_ROWS, B8_COLS = np.stack([_C, _C + 4], axis=1), np.stack([_G, _G], axis=1)
 D_ROWS = np.stack([_G, _G, _G + 8, _G + 8], axis=1)  # [lane, register]
 D_COLS = np.stack([2 * _C, 2 * _C + 1] * 2, axis=1)
 
@@ -59,6 +62,36 @@ def mma_16816(a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray], kin
     B[:, B_ROWS, B_COLS] = halves(b, kind)
     D[:, D_ROWS, D_COLS] = np.stack([by_warp(x) for x in c], axis=-1)
     found = (A @ B + D).astype(np.float32)[:, D_ROWS, D_COLS]
+    return [np.ascontiguousarray(found[:, :, r]).reshape(-1) for r in range(4)]
+
+
+def truncated(exact: np.ndarray) -> np.ndarray:
+    """float32 of float64, rounded towards zero."""
+    near = exact.astype(np.float32)
+    return np.where(np.abs(near.astype(np.float64)) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+
+
+def tensor_sum(products: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """c + the sum of exact products over the last axis, as a tensor core adds: four at a time, brought to the exponent
+    of the largest without a bit to spare, and cut off (Fasi, Higham, Mikaitis, Pranesh 2021; the worst they found)."""
+    for i in range(0, products.shape[-1], 4):
+        terms = np.concatenate([products[..., i : i + 4], c[..., None].astype(np.float64)], axis=-1)
+        last = np.exp2(np.frexp(np.abs(terms).max(axis=-1, keepdims=True))[1] - 24.0)
+        c = truncated((np.trunc(terms / last) * last).sum(axis=-1))
+    return c
+
+
+def mma_1688(a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray]) -> list[np.ndarray]:
+    """D = A B + C of TF32: the low 13 bits of a register do not count."""
+    warps = len(c[0]) // 32
+    A, B = np.zeros((warps, 16, 8)), np.zeros((warps, 8, 8))
+    D = np.zeros((warps, 16, 8), np.float32)
+    for whole, rows, cols, registers in ((A, A8_ROWS, A8_COLS, a), (B, B8_ROWS, B8_COLS, b)):
+        bits = np.stack([by_warp(r) for r in registers], axis=-1) & np.uint32(0xFFFFE000)
+        whole[:, rows, cols] = np.ascontiguousarray(bits).view(np.float32)
+    D[:, D_ROWS, D_COLS] = np.stack([by_warp(x) for x in c], axis=-1)
+    with np.errstate(invalid="ignore"):
+        found = tensor_sum(A[:, :, None, :] * B.swapaxes(1, 2)[:, None, :, :], D)[:, D_ROWS, D_COLS]
     return [np.ascontiguousarray(found[:, :, r]).reshape(-1) for r in range(4)]
 
 

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from .layout import Layout, image_of, launch, locate, order_key
-from .pairs import CHUNK, PAIR_REGISTERS, PAIR_TILES, cosine_tile, dot_tile
+from .pairs import CHUNK, PAIR_REGISTERS, PAIR_TILES, TF32, cosine_tile, dot_tile
 from .rows import Rows, launch_mean_query, launch_rows
 from .steps import level_cosine
 
+BLOCK_OTHERS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 NONE = tl.constexpr(-2.0)  # below any cosine
 
 
@@ -41,6 +42,7 @@ def largest_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """One tile of tokens against everything they are compared with."""
     i_s, i_m, first, n = locate(p_cu, tl.program_id(0), S, N, slots, BM)
@@ -79,7 +81,7 @@ def largest_kernel(
             b_dot = tl.zeros([BM, BN], dtype=tl.float32)
             for i_d in range(0, D, CHUNK):
                 d = tl.minimum(D - i_d, CHUNK)
-                b_dot += dot_tile(p_m + i_d, m_m, b_scale_m, p_n + i_d, m_n, b_scale_n, strides[2], d, BM, BN, BD)
+                b_dot += dot_tile(p_m + i_d, m_m, b_scale_m, p_n + i_d, m_n, b_scale_n, strides[2], d, BM, BN, BD, TF32)
             b_cos = cosine_tile(b_dot, b_inv_m, b_inv_n)
         if p_y is None:
             m_pair = m_pair & (o_m[:, None] != o_n[None, :])
@@ -128,8 +130,9 @@ def run(
         slots,
         sign,
         BM=tile["BT"],
-        BN=tile["BT"],
+        BN=BLOCK_OTHERS[tokens.dtype],
         BD=tile["BD"],
+        TF32=TF32,
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
         registers=PAIR_REGISTERS,

@@ -15,6 +15,11 @@ one 64-bit maximum of (order key of the similarity, reversed destination).
 Tensor cores truncate when they accumulate, a bias that grows with the length of the chain: for L, CHUNK columns at a
 time go through one chain, and the partial sums are added in ordinary fp32.
 
+They multiply fp32 as TF32, 11 significant bits, too few for any promise of ours. A number is therefore split into two
+of these, x = high + low, and a product is (low high + high low) + high high; low low is below fp32's rounding. A step
+of BD columns is a chain of its own, and its sum is added in ordinary fp32. The mixed terms have a chain each, and then
+their sum, so that (i, j) and (j, i) have the same bits, and with them equal tokens before and behind a third.
+
 The L of packed segments is (T, W): row i belongs to packed token i, its columns count from the segment's start, and a
 segment longer than W has none. The host knows neither length: W bounds it, and memory is the price of not asking.
 """
@@ -33,19 +38,19 @@ CLEAR_BLOCK = 256
 FIXED = tl.constexpr(16777216.0)  # 2^24: a tile of 64 cosines stays below 2^31
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-# One row per kind of input: tile of rows and columns, depth of a step, warps, pipeline stages. fp32 products run on the
-# ordinary cores.
+# One row per kind of input: tile of rows and columns, depth of a step, warps, pipeline stages.
 PAIR_TILES = {
     torch.bfloat16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
     torch.float16: {"BT": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
-    torch.float32: {"BT": 32, "BD": 16, "num_warps": 4, "num_stages": 3},
+    torch.float32: {"BT": 64, "BD": 16, "num_warps": 4, "num_stages": 3},
 }
 MATCH_TILES = {
     torch.bfloat16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
     torch.float16: {"BM": 64, "BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
-    torch.float32: {"BM": 32, "BN": 32, "BD": 16, "num_warps": 4, "num_stages": 2},
+    torch.float32: {"BM": 64, "BN": 64, "BD": 16, "num_warps": 4, "num_stages": 3},
 }
 PAIR_REGISTERS = 255
+TF32 = torch.version.hip is None  # few of AMD's multiply it: there fp32 runs on the ordinary cores
 FANOUT = 16  # programs that share one row of tiles where sums are added up
 
 
@@ -67,6 +72,12 @@ def rescale(b_x, b_scale):
 
 
 @triton.jit
+def nearest_tf32(b_x):
+    """Rounded to TF32's 11 significant bits, halves away from zero, as cvt.rna does it; NaN and Inf become anything."""
+    return ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot_pass(
     p_a,
     m_a,
@@ -79,7 +90,9 @@ def dot_pass(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    TF32: tl.constexpr,
 ):
+    SPLIT: tl.constexpr = TF32 and p_a.dtype.element_ty == tl.float32
     b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)
@@ -95,7 +108,18 @@ def dot_pass(
         if INTERPRETED:  # the interpreter multiplies the bit patterns of bf16; products of widened values are the same
             b_a = widen(b_a)
             b_b = widen(b_b)
-        b_acc = tl.dot(b_a, b_b, acc=b_acc, input_precision="ieee")
+        if SPLIT:
+            b_high_a = nearest_tf32(b_a)
+            b_high_b = nearest_tf32(b_b)
+            b_low_a = nearest_tf32(b_a - b_high_a)
+            b_low_b = nearest_tf32(b_b - b_high_b)
+            # The sums by fma: plain ones Triton would put into the chain of a product
+            b_low_high = tl.dot(b_low_a, b_high_b, input_precision="tf32")
+            b_high_low = tl.dot(b_high_a, b_low_b, input_precision="tf32")
+            b_mixed = tl.fma(b_low_high, 1.0, b_high_low)
+            b_acc = tl.fma(tl.dot(b_high_a, b_high_b, acc=b_mixed, input_precision="tf32"), 1.0, b_acc)
+        else:
+            b_acc = tl.dot(b_a, b_b, acc=b_acc, input_precision="ieee")
     return b_acc
 
 
@@ -112,17 +136,20 @@ def dot_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """dot(scale_i a_i, scale_j b_j) as a [BM, BN] fp32 tile, accumulated from the raw input dtype."""
     if p_a.dtype.element_ty != tl.float16:
+        # A step of fp32 is a chain, and has one length: what lies beside a far row keeps its bits
+        FAR: tl.constexpr = BD if p_a.dtype.element_ty == tl.float32 else 16
         m_far_a = m_a & (b_scale_a != 1.0)
         m_far_b = m_b & (b_scale_b != 1.0)
         if tl.max(m_far_a.to(tl.int32), axis=0) + tl.max(m_far_b.to(tl.int32), axis=0) > 0:
-            b_acc = dot_pass(p_a, m_a, b_scale_a, p_b, m_b, b_scale_b, stride_d, D, BM, BN, 16)
+            b_acc = dot_pass(p_a, m_a, b_scale_a, p_b, m_b, b_scale_b, stride_d, D, BM, BN, FAR, TF32)
         else:
-            b_acc = dot_pass(p_a, m_a, None, p_b, m_b, None, stride_d, D, BM, BN, BD)
+            b_acc = dot_pass(p_a, m_a, None, p_b, m_b, None, stride_d, D, BM, BN, BD, TF32)
     else:
-        b_acc = dot_pass(p_a, m_a, None, p_b, m_b, None, stride_d, D, BM, BN, BD)
+        b_acc = dot_pass(p_a, m_a, None, p_b, m_b, None, stride_d, D, BM, BN, BD, TF32)
     return b_acc
 
 
@@ -186,6 +213,7 @@ def pair_kernel(
     power,  # of the same, or None
     BT: tl.constexpr,
     BD: tl.constexpr,
+    TF32: tl.constexpr,
     BCLEAR: tl.constexpr,
 ):
     """Tiles on and above the diagonal of S, every `fan`-th of one row of tiles: L, relevance and GSP's sums."""
@@ -202,29 +230,27 @@ def pair_kernel(
     if i_m * BT >= n:
         return
     p_x = image_of(p_tokens, p_cu, i_s, first, strides)
-    stride_k = row16 * 16
-    p_k = p_kernel + first * stride_k
-    low, high = score_range(p_range, i_s)
 
     # Everything about the row of tiles is recomputed: what is kept across tiles costs registers in the products.
     for i_n in tl.range(i_m + i_fan, tl.cdiv(n, BT), fan, disable_licm=True):
         o_m = i_m * BT + tl.arange(0, BT)
         m_m = o_m < n
-        p_m = p_x + o_m.to(tl.int64) * strides[1]
+        p_m = p_x + tl.cast(i_m * BT, tl.int64) * strides[1] + tl.arange(0, BT).to(tl.int64) * strides[1]
         b_scale_m = tl.load(p_scale + first + o_m, mask=m_m, other=1.0)
         o_n = i_n * BT + tl.arange(0, BT)
         m_n = o_n < n
-        p_n = p_x + o_n.to(tl.int64) * strides[1]
+        p_n = p_x + tl.cast(i_n * BT, tl.int64) * strides[1] + tl.arange(0, BT).to(tl.int64) * strides[1]
         b_scale_n = tl.load(p_scale + first + o_n, mask=m_n, other=1.0)
         b_dot = tl.zeros([BT, BT], dtype=tl.float32)
         for i_d in range(0, D, CHUNK):  # short chains: tensor cores truncate as they accumulate
             o_d = tl.cast(i_d, tl.int64) * strides[2]
             d = tl.minimum(D - i_d, CHUNK)
-            b_dot += dot_tile(p_m + o_d, m_m, b_scale_m, p_n + o_d, m_n, b_scale_n, strides[2], d, BT, BT, BD)
+            b_dot += dot_tile(p_m + o_d, m_m, b_scale_m, p_n + o_d, m_n, b_scale_n, strides[2], d, BT, BT, BD, TF32)
 
         b_inv_m = tl.load(p_inv + first + o_m, mask=m_m, other=0.0)
         b_inv_n = tl.load(p_inv + first + o_n, mask=m_n, other=0.0)
         if p_score is not None:
+            low, high = score_range(p_range, i_s)
             b_score_m = tl.load(p_score + first + o_m, mask=m_m, other=0.0)
             b_r_m = min_max(b_score_m, low, high, floor, power)
             b_r_n = min_max(tl.load(p_score + first + o_n, mask=m_n, other=0.0), low, high, floor, power)
@@ -256,6 +282,8 @@ def pair_kernel(
             b_k = tl.where(m_own, b_diag[:, None], b_k)
             m_k = m_m[:, None] & m_n[None, :]
             o_t = tl.arange(0, BT)
+            stride_k = row16 * 16
+            p_k = p_kernel + first * stride_k
             p_upper = p_k + (tl.cast(i_m, tl.int64) * stride_k + i_n) * BT + (o_t[:, None] * stride_k + o_t[None, :])
             p_lower = p_k + (tl.cast(i_n, tl.int64) * stride_k + i_m) * BT + (o_t[None, :] * stride_k + o_t[:, None])
             tl.store(p_upper, b_k, mask=m_k & (o_m[:, None] <= o_n[None, :]))
@@ -304,6 +332,7 @@ def match_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """One tile of sources against every `splits`-th tile of destinations; adds to the integer sums of its sources."""
     i_slot = tl.program_id(0) // splits
@@ -339,7 +368,7 @@ def match_kernel(
         b_inv_b = tl.load(p_inv + first + o_b, mask=m_t, other=0.0)
         b_scale_b = tl.load(p_scale + first + o_b, mask=m_t, other=1.0)
         p_b = p_image + o_b.to(tl.int64) * strides[1]
-        b_dot = dot_tile(p_a, m_s, b_scale_a, p_b, m_t, b_scale_b, strides[2], D, BM, BN, BD)
+        b_dot = dot_tile(p_a, m_s, b_scale_a, p_b, m_t, b_scale_b, strides[2], D, BM, BN, BD, TF32)
         b_sim = cosine_tile(b_dot, b_inv_a, b_inv_b)  # [BM, BN]
         m_pair = m_s[:, None] & m_t[None, :]
         b_tile_degree, b_tile_near, b_tile_all = tile_sums(b_sim, m_pair, threshold, 1)
@@ -415,6 +444,7 @@ def launch_pairs(
         float(floor),
         None if power == 1 else float(power),
         BCLEAR=CLEAR_BLOCK,
+        TF32=TF32,
         registers=PAIR_REGISTERS,
         **tile,
     )
@@ -461,6 +491,7 @@ def launch_match(
         at_round,
         saturate(threshold),
         PLANES=len(sums),
+        TF32=TF32,
         registers=PAIR_REGISTERS,
         **tile,
     )

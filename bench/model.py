@@ -22,6 +22,7 @@ class Gpu:
     memory: float = 3.35e12 * 0.85  # bytes/s that a kernel reaches
     l2: float = 5.5e12
     tensor: float = 989e12 * 0.6  # bf16 flop/s that tiles of 64 x 64 reach
+    tf32: float = 495e12 * 0.6  # of TF32
     l2_trip: float = 0.16e-6  # s, a load that L2 answers
     l1_trip: float = 0.02e-6
     l1: float = 192e3  # bytes of it that hold C
@@ -35,7 +36,16 @@ H100 = Gpu()
 
 # Columns of a program -> warps, rows of C in a chunk, instructions of a warp (sm_90) for a chunk of whole rows, and for
 # all else that a pick takes: what is left of the rows, the pick itself, the keys.
-CHUNKS = {64: (2, 64, 106, 568), 256: (4, 32, 100, 657), 1024: (8, 12, 78, 599), 2048: (8, 8, 106, 1180)}
+CHUNKS = {
+    64: (2, 64, 106, 586),
+    256: (4, 32, 100, 657),
+    640: (4, 12, 95, 741),
+    1024: (8, 12, 78, 599),
+    2048: (8, 8, 106, 1180),
+}
+# Kind of tokens -> bytes, side of a tile, columns of a step, products of a tensor core in one of ours, warps,
+# instructions of a warp (sm_90) for a step.
+TILES = {"bf16": (2, 64, 64, 1, 8, 113), "fp32": (4, 64, 16, 3, 4, 243)}
 STEP_BARRIERS = 5  # reductions of the keys, the row of C handed on
 
 
@@ -74,18 +84,20 @@ def greedy(columns: int, slots: int, images: int, n: int, picks: int) -> Step:
     return Step("greedy", fetched / H100.l2, rounds * issued, rounds * waited)
 
 
-def pairs(images: int, n: int, width: int) -> Step:
-    tiles = images * math.ceil(n / 64) * (math.ceil(n / 64) + 1) // 2
+def pairs(images: int, n: int, width: int, kind: str) -> Step:
+    size, side, depth, products, warps, instructions = TILES[kind]
+    tiles = images * math.ceil(n / side) * (math.ceil(n / side) + 1) // 2
     waves = math.ceil(tiles / H100.processors)
-    flop = waves * H100.processors * 64 * 64 * width * 2
-    moved = tiles * 2 * 64 * width * 2 / H100.l2 + images * n * n * 4 / H100.memory
-    return Step(
-        "pairs", max(flop / H100.tensor, moved), 0.0, waves * (width / 64 / 3) * H100.l2_trip + H100.memory_trip
-    )
+    steps = waves * width / depth
+    flop = waves * H100.processors * side * side * width * 2 * products
+    moved = tiles * 2 * side * width * size / H100.l2 + images * n * n * 4 / H100.memory
+    issued = steps * instructions * max(warps / H100.issue, 1.0) / H100.clock
+    multiplied = flop / (H100.tensor if kind == "bf16" else H100.tf32)
+    return Step("pairs", max(multiplied, moved), issued, steps / 3 * H100.l2_trip + H100.memory_trip)
 
 
-def rows(images: int, n: int, width: int) -> Step:
-    return Step("rows", images * n * width * 2 / H100.memory, 0.0, 2 * H100.memory_trip)
+def rows(images: int, n: int, width: int, kind: str) -> Step:
+    return Step("rows", images * n * width * TILES[kind][0] / H100.memory, 0.0, 2 * H100.memory_trip)
 
 
 def small(name: str, trips: int) -> Step:
@@ -108,13 +120,13 @@ def dpp_map(images: int, n: int, keep: int) -> list[Step]:
     return [greedy(*plan(images, n, keep), images, n, keep)]
 
 
-def prune(images: int, n: int, keep: int, width: int = 4096) -> list[Step]:
+def prune(images: int, n: int, keep: int, width: int = 4096, kind: str = "bf16") -> list[Step]:
     picks = min(2 * keep, math.ceil(keep * n / (n - n // 4)))
     sources = n / 2 / 512
     return [
         small("query", 4 + width // 1024),
-        rows(images, n, width),
-        pairs(images, n, width),
+        rows(images, n, width, kind),
+        pairs(images, n, width, kind),
         small("select", math.ceil(11 * sources) * 2),
         greedy(*plan(images, n, picks), images, n, picks),
         small("intersect", 6 + 3 * math.ceil(n / 1024)),
@@ -128,6 +140,8 @@ ROWS = {
     "dpp_map 8192/640 B1": (dpp_map, 1, 8192, 640),
     "prune 576/64 B1, D 4096 bf16": (prune, 1, 576, 64),
     "prune 2880/320 B1, D 4096 bf16": (prune, 1, 2880, 320),
+    "prune 576/64 B1, D 1024 fp32": (prune, 1, 576, 64, 1024, "fp32"),
+    "prune 2880/320 B1, D 1024 fp32": (prune, 1, 2880, 320, 1024, "fp32"),
 }
 
 
@@ -148,7 +162,13 @@ def table() -> str:
         steps = make(*sizes)
         walk = next(step for step in steps if step.name == "greedy")
         cells = (sum(step.total for step in steps), walk.instructions, walk.waiting)
-        lines.append("| " + " | ".join([name, *(f"{cell * 1e6:,.0f}" for cell in cells), wanted(name), ""]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [name, *(f"{cell * 1e6:,.0f}" for cell in cells), "-" if name.endswith("fp32") else wanted(name), ""]
+            )
+            + " |"
+        )
     return "\n".join(lines)
 
 

@@ -106,8 +106,8 @@ import pathlib, subprocess, sys, tempfile
 import triton
 from script_kernels import targets
 
-variants = ["64 stop of 32", "64 packed of 128", "256 tiers of 128", "1024 packed tiers of 128", "2048 stop of 32",
-            "512 packed tiers of 32 bfloat16", "1024 stop of 1"]
+variants = ["64 stop of 128", "64 packed of 128", "256 tiers of 128", "1024 packed tiers of 128", "2048 stop of 32",
+            "512 packed tiers of 32 bfloat16", "640 stop of 1", "1024 stop of 1"]
 tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 for launch in targets.collect(["greedy"], ("sm_80", "sm_90")):
     if launch.variant in variants:
@@ -154,8 +154,9 @@ def exchange_faults(code):
 # Variant -> instructions of a warp (sm_90) for a chunk of rows of C, and for all else of a pick; `bench.model` counts
 # with those of images.
 LOOPS = {
-    "64 stop of 32": CHUNKS[64][2:],
+    "64 stop of 128": CHUNKS[64][2:],
     "256 tiers of 128": CHUNKS[256][2:],
+    "640 stop of 1": CHUNKS[640][2:],
     "1024 stop of 1": CHUNKS[1024][2:],
     "2048 stop of 32": CHUNKS[2048][2:],
     "64 packed of 128": (166, 663),
@@ -182,7 +183,7 @@ def test_machine_code_of_the_exchange():
     done = run("-c", EXCHANGE)
     assert done.returncode == 0, done.stderr
     found = done.stdout.split("variant ")[1:]
-    assert len(found) == 14
+    assert len(found) == 16
     counted = set()
     for text in found:
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)
@@ -196,7 +197,7 @@ def test_machine_code_of_the_exchange():
                 assert counts >= 0.95 * most or target == "sm_80", (variant, loops(text))
             counted.add(variant)
     assert counted == set(LOOPS)
-    code = next(text for text in found if text.startswith("64 stop of 32 sm_90"))
+    code = next(text for text in found if text.startswith("64 stop of 128 sm_90"))
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code)
     # Negative controls: the same code with one thing gone
     assert exchange_faults([line for line in code if "MEMBAR" not in line]) == ["no fence before the exchange"]

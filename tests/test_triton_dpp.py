@@ -278,7 +278,7 @@ def test_dispatch_keeps_waiting_programs_resident(monkeypatch):
 def test_dispatch_of_the_sizes_that_matter(monkeypatch):
     device = h100(monkeypatch)
     one = plan_greedy(device, Layout(32, 576), 64)
-    assert (one.columns, one.total, one.grid, one.images) == (1024, 32, False, 32)
+    assert (one.columns, one.total, one.grid, one.images) == (640, 32, False, 32)
     many = plan_greedy(device, Layout(1, 2880), 320)
     assert (many.columns, many.total, many.grid, many.resident) == (64, 45, True, True)
     assert plan_greedy(device, Layout(1, 8192), 640).total == 128
@@ -305,8 +305,10 @@ def test_a_launch_that_does_not_fit_says_what_to_do(monkeypatch):
 @pytest.mark.parametrize(
     ("images", "n", "keep", "columns", "shared"),
     [
-        (1, 576, 64, 1024, False),
-        (32, 576, 64, 1024, False),
+        (1, 576, 64, 640, False),
+        (32, 576, 64, 640, False),
+        (1, 196, 49, 256, False),
+        (128, 729, 64, 1024, False),
         (1, 2880, 320, 64, True),
         (1, 8192, 640, 64, True),
         (4, 2880, 320, 256, True),

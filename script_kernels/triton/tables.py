@@ -136,7 +136,7 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
     ),
     *(
         ("greedy", f"{columns} {mode} of {sharers}", partial(greedy, columns, mode, sharers=sharers))
-        for columns, *widths in ((64, *SHARERS), (256, 1, *SHARERS), (1024, 1), (2048, 1, SHARERS[0]))
+        for columns, *widths in ((64, SHARERS[1]), (256, 1, *SHARERS), (640, 1), (1024, 1), (2048, 1, SHARERS[0]))
         for sharers in widths
         for mode in ("diagonal", "stop", "tiers")
     ),

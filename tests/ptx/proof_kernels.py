@@ -115,6 +115,17 @@ def test_qcsp(dtype, route):
     test_dpp.assert_greedy(indices, gains, testing.kernel64(tokens, relevance), relevance, bad)
 
 
+def test_qcsp_of_two_arrays_of_columns():
+    """A program of 512 and 128 columns, both in use."""
+    tokens, relevance = testing.make_tokens("photo", 1, 530, 16, dtype=BF16), testing.make_relevance(1, 530)
+    relevance[0, 510:520] += 1
+    indices, gains = PtxBackend(seed=9).qcsp(tokens, relevance, 7, columns=640)
+    none = torch.zeros(1, 530, dtype=torch.bool)
+    test_dpp.assert_greedy(indices, gains, testing.kernel64(tokens, relevance), relevance, none)
+    assert (indices >= 512).any()
+    assert (indices < 512).any()
+
+
 @pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=slow)])
 @pytest.mark.parametrize("case", ["default", *(pytest.param(case, marks=slow) for case in list(test_prune.CASES)[1:])])
 def test_prune_against_float64(dtype, case):

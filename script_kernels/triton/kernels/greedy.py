@@ -1,8 +1,8 @@
 """Greedy MAP of a determinantal point process: diagonally pivoted Cholesky, stopped after k pivots (Chen et al. 2018).
 
 One launch does all steps of all images. A program owns a block of columns of one image, with their residuals d in
-registers; rows of the factor C go to global memory, see factor.py. The step that picks j reads L[j, :] and C[:m, j]
-and does
+registers: BN columns and BX more, for Triton's arrays have lengths of powers of two. Rows of the factor C go to global
+memory, see factor.py. The step that picks j reads L[j, :] and C[:m, j] and does
 
     c = (L[j, :] - C[:m, j] C[:m, :]) / sqrt(d_j);   d = max(d - c c, 0);   C[m, :] = c
 
@@ -43,7 +43,17 @@ from .factor import project
 from .layout import Layout, image_of, launch, locate
 from .plan import MOST_TOKENS, Stage
 from .rows import Rows
-from .steps import TAKEN, best_key, best_of_all, block, feature_row, flags_of, initial_residual, level_cosine, publish
+from .steps import (
+    TAKEN,
+    best_key,
+    best_of_all,
+    block,
+    feature_row,
+    flags_of,
+    initial_residual,
+    publish,
+    residual_after,
+)
 
 RANK_TOLERANCE = tl.constexpr(1e-6)
 SHARERS = (32, 128)  # programs per image that one compiled exchange serves
@@ -100,6 +110,7 @@ def greedy_kernel(
     round_from,  # -1: start
     round_to,
     BN: tl.constexpr,
+    BX: tl.constexpr,
     BG: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
@@ -107,23 +118,24 @@ def greedy_kernel(
     BD: tl.constexpr,
 ):
     PAST_L1: tl.constexpr = ".cg" if p_slots is not None else ""
+    COLUMNS: tl.constexpr = BN + BX
     i_slot = tl.program_id(0) + i_slot0
-    i_s, i_g, first, n = locate(p_cu, i_slot, S, N, slots, BN)
-    if (i_g * BN >= n) | (n <= n_above) | (n > n_upto):
+    i_s, i_g, first, n = locate(p_cu, i_slot, S, N, slots, COLUMNS)
+    if (i_g * COLUMNS >= n) | (n <= n_above) | (n > n_upto):
         return
-    n_g = tl.cdiv(n, BN)  # programs that share this image
+    n_g = tl.cdiv(n, COLUMNS)  # programs that share this image
     i_image = i_s.to(tl.int64)
     k = K
     n_load = n  # columns of C and L that may be loaded: what lies past n takes no part
     # C of an image: a panel for the columns of each program; of segments: one for all
-    at = i_g * BN
+    at = i_g * COLUMNS
     if p_cu is not None:
         k = tl.minimum(tl.minimum(tl.load(p_limit + i_s), K), n)
         stride_c = tl.cast(N, tl.int64) * BV
-        panel = BV * BN
+        panel = BV * COLUMNS
     else:
-        stride_c = BV * BN
-        panel = tl.cast(tl.cdiv(K, BV), tl.int64) * (BV * BN)
+        stride_c = BV * COLUMNS
+        panel = tl.cast(tl.cdiv(K, BV), tl.int64) * (BV * COLUMNS)
         n_load = tl.cdiv(N, 16) * 16
     if p_factor is not None:
         p_c = p_factor + (BV * first if p_cu is not None else i_image * slots * panel)
@@ -155,6 +167,18 @@ def greedy_kernel(
     o_mine = BV * o_c[:, None] + tl.arange(0, BV)[None, :]  # [BN, BV]
     b_tier = flags_of(p_tier, first, o_n, m_n)
     b_stop = flags_of(p_stop, first, o_n, m_n)
+    x_mine = o_mine
+    if BX > 0:  # the same of the columns past the first BN
+        x_n = block(at + BN, BX)
+        m_x = x_n < n
+        x_c = tl.minimum(BN + tl.arange(0, BX), n - 1 - at)
+        x_mine = BV * x_c[:, None] + tl.arange(0, BV)[None, :]  # [BX, BV]
+        x_tier = flags_of(p_tier, first, x_n, m_x)
+        x_stop = flags_of(p_stop, first, x_n, m_x)
+        x_residual = initial_residual(p_start, p_order, p_inv, p_k, stride_diagonal, first, x_n, m_x)
+        x_own = x_residual
+        if p_own is not None:
+            x_own = tl.load(p_own + first + x_n, mask=m_x, other=1.0)
 
     # Residuals of this program's columns; t picks, m rows of C, the level found exhausted, picks counted
     t = tl.full([], 0, tl.int32)
@@ -167,6 +191,8 @@ def greedy_kernel(
         p_state = p_progress + i_slot * 8
         if round_from >= 0:
             b_residual = tl.load(p_residual + first + o_n, mask=m_n, other=TAKEN)
+            if BX > 0:
+                x_residual = tl.load(p_residual + first + x_n, mask=m_x, other=TAKEN)
             t = tl.load(p_state)
             m = tl.load(p_state + 1)
             exhausted = tl.load(p_state + 2)
@@ -209,6 +235,9 @@ def greedy_kernel(
             top_rest = tl.maximum(top_rest, tl.max(b_diag, axis=0))
 
     best = best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted)
+    if BX > 0:
+        other = best_key(x_residual, x_tier, x_stop, p_order, p_k, stride_diagonal, first, x_n, m_x, exhausted)
+        best = tl.maximum(best, other)
     i_round = tl.maximum(round_from, 0)
     if p_slots is not None:
         publish(p_slots, i_round, n_slots, i_slot, best, n_g)
@@ -233,9 +262,12 @@ def greedy_kernel(
                 tl.store(p_i + t, j.to(tl.int64))
                 tl.store(p_g + t, tl.where(ranked, gain * unit * unit, 0.0))
             b_residual = tl.where(o_n == j, TAKEN, b_residual)
+            if BX > 0:
+                x_residual = tl.where(x_n == j, TAKEN, x_residual)
             count += (best & 1).to(tl.int32)
             t += 1
             if ranked & (t < k) & (count < need):
+                own_j = gain
                 if p_kernel is None:
                     p_x = image_of(p_tokens, p_cu, i_s, first, strides_x)
                     feature_row(
@@ -260,35 +292,35 @@ def greedy_kernel(
                 else:
                     p_kj = p_k + j.to(tl.int64) * stride_kn
                     b_row = tl.load(p_kj + o_n.to(tl.int64) * stride_kc, mask=o_n < n_row, other=0.0)
+                    if BX > 0:
+                        x_row = tl.load(p_kj + x_n.to(tl.int64) * stride_kc, mask=x_n < n_row, other=0.0)
                     if p_own is not None:
                         own_j = tl.load(p_own + first + j)
+                b_sum = b_row
+                x_sum = b_row
+                p_new = p_g
                 if p_factor is not None:  # the row is asked for first and used last: it travels while C does
-                    p_j = p_c + j // BN * panel + BV * (j % BN)
-                    b_sum = project(p_mine, o_mine, p_j, m, stride_c, PAST_L1, BN, BV, BC)
-                if p_kernel is not None:
-                    b_row = tl.where(tl.abs(b_row) < float("inf"), b_row, 0.0)
-                    if p_own is not None:
-                        b_row = level_cosine(b_row, b_own, own_j)
-                if p_factor is not None:
-                    b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
-                    b_less = tl.fma(-b_new, b_new, b_residual)
+                    p_j = p_c + j // COLUMNS * panel + BV * (j % COLUMNS)
+                    b_sum, x_sum = project(p_mine, o_mine, x_mine, p_j, m, stride_c, PAST_L1, BN, BX, BV, BC)
                     p_new = p_mine + (m // BV).to(tl.int64) * stride_c + m % BV
-                    tl.store(p_new + BV * (o_n - at), b_new, mask=m_n)
-                else:
-                    b_slope = tl.load(p_slope + first + o_n, mask=m_n, other=0.0)
-                    b_less = tl.fma(-b_slope, b_row, tl.load(p_offset + first + o_n, mask=m_n, other=0.0))
-                    b_less = tl.where((m > 0) & (b_residual < b_less), b_residual, b_less)
-                b_less = tl.where(b_less > 0.0, b_less, 0.0)  # NaN counts as 0
-                b_residual = tl.where(b_residual >= 0.0, b_less, b_residual)
+                after = (own_j, gain, m, p_kernel, p_own, p_factor, p_offset, p_slope, BV)
+                b_residual = residual_after(b_residual, b_row, b_own, b_sum, p_new, o_n, at, first, m_n, *after)
+                if BX > 0:
+                    x_residual = residual_after(x_residual, x_row, x_own, x_sum, p_new, x_n, at, first, m_x, *after)
                 m += 1
         i_round += 1
         tl.debug_barrier()  # the row of C is read by other threads in the next round
         best = best_key(b_residual, b_tier, b_stop, p_order, p_k, stride_diagonal, first, o_n, m_n, exhausted)
+        if BX > 0:
+            other = best_key(x_residual, x_tier, x_stop, p_order, p_k, stride_diagonal, first, x_n, m_x, exhausted)
+            best = tl.maximum(best, other)
         if p_slots is not None:
             publish(p_slots, i_round, n_slots, i_slot, best, n_g)
 
     if p_progress is not None:
         tl.store(p_residual + first + o_n, b_residual, mask=m_n)
+        if BX > 0:
+            tl.store(p_residual + first + x_n, x_residual, mask=m_x)
         tl.store(p_state, t)
         tl.store(p_state + 1, m)
         tl.store(p_state + 2, exhausted)
@@ -305,10 +337,13 @@ def compile_options(layout: Layout, stage: Stage, device: torch.device) -> dict[
     """Constants and options of the kernel: of few values, for each is a compilation."""
     plan = stage.plan
     num_warps, unroll, registers = stage.block
+    whole = 1 << (plan.columns.bit_length() - 1)  # Triton's arrays have lengths of powers of two
     sharers = triton.cdiv(layout.n, plan.columns) if plan.grid else 1
-    widths = SHARERS[1:] if layout.packed and plan.grid else SHARERS
+    few = plan.grid and (layout.packed or plan.columns < 256)  # one exchange for all that share
+    widths = SHARERS[1:] if few else SHARERS
     options: dict[str, Any] = {
-        "BN": plan.columns,
+        "BN": whole,
+        "BX": plan.columns - whole,
         "BG": next((g for g in widths if g >= sharers), triton.next_power_of_2(sharers)),
         "BC": min(unroll, INTERPRETER_UNROLL) if device.type == "cpu" else unroll,
         "BV": stage.neighbours,

@@ -13,11 +13,12 @@ MOST_TOKENS = tl.constexpr(1 << 28)  # what an index in a key can tell apart
 SINGLE_WORK = 50_000  # N * picks up to which one program per image serves; by a model, not yet measured
 EXTRA_ROUNDS = 3  # one per level whose rank can run out
 
-# Columns per program -> warps, rows of C read at once, registers per thread.
-BLOCKS = {64: (2, 64, 255), 256: (4, 32, 255), 1024: (8, 12, 255), 2048: (8, 8, 255)}
+# Columns per program -> warps, rows of C read at once, registers per thread. 640, an array of 512 and one of 128, is
+# what fits the 576 tokens of LLaVA-1.5.
+BLOCKS = {64: (2, 64, 255), 256: (4, 32, 255), 640: (4, 12, 255), 1024: (8, 12, 255), 2048: (8, 8, 255)}
 # Widths that the dispatch knows of, few, for each is a compilation: of the only program of an image, and of several
 # that share one. Packed segments have lengths that the host does not know: even a short one may count as shared.
-SINGLE, SHARED = (256, 1024, 2048), (64, 256, 2048)
+SINGLE, SHARED = (256, 640, 1024, 2048), (64, 256, 2048)
 PACKED_SINGLE, PACKED_SHARED = (256, 1024), (64, 256, 1024)
 # Rows of L made from the tokens: the tile that sums over the features has one layout for all widths.
 FEATURE_BLOCKS = {128: (8, 16, 255), 512: (8, 16, 255), 2048: (8, 4, 255)}

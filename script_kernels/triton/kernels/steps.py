@@ -105,6 +105,44 @@ def level_cosine(b_cos, b_own, own_j):
 
 
 @triton.jit
+def residual_after(
+    b_residual,
+    b_row,  # L[j, :]
+    b_own,
+    b_sum,  # C[:m, j] C[:m, :]
+    p_new,  # C[m, :] of this program
+    o_n,
+    at,
+    first,
+    m_n,
+    own_j,
+    gain,
+    m,
+    p_kernel,
+    p_own,
+    p_factor,
+    p_offset,
+    p_slope,
+    BV: tl.constexpr,
+):
+    """Residuals of the columns once j is picked, whose own was `gain`; C[m, :] is written, if there is a C."""
+    if p_kernel is not None:
+        b_row = tl.where(tl.abs(b_row) < float("inf"), b_row, 0.0)
+        if p_own is not None:
+            b_row = level_cosine(b_row, b_own, own_j)
+    if p_factor is not None:
+        b_new = (b_row - b_sum) * tl.div_rn(1.0, tl.sqrt_rn(gain))
+        b_less = tl.fma(-b_new, b_new, b_residual)
+        tl.store(p_new + BV * (o_n - at), b_new, mask=m_n)
+    else:
+        b_slope = tl.load(p_slope + first + o_n, mask=m_n, other=0.0)
+        b_less = tl.fma(-b_slope, b_row, tl.load(p_offset + first + o_n, mask=m_n, other=0.0))
+        b_less = tl.where((m > 0) & (b_residual < b_less), b_residual, b_less)
+    b_less = tl.where(b_less > 0.0, b_less, 0.0)  # NaN counts as 0
+    return tl.where(b_residual >= 0.0, b_less, b_residual)
+
+
+@triton.jit
 def feature_row(
     p_x,  # first token of the image
     p_relevance,

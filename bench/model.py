@@ -8,6 +8,7 @@ good for is the comparison of two designs, and the order of what to look at firs
 import argparse
 import dataclasses
 import math
+from typing import Any
 
 from bench.targets import MICROSECONDS
 
@@ -133,7 +134,7 @@ def prune(images: int, n: int, keep: int, width: int = 4096, kind: str = "bf16")
     ]
 
 
-ROWS = {
+ROWS: dict[str, tuple[Any, ...]] = {
     "dpp_map 576/64 B1": (dpp_map, 1, 576, 64),
     "dpp_map 576/64 B32": (dpp_map, 32, 576, 64),
     "dpp_map 2880/320 B1": (dpp_map, 1, 2880, 320),

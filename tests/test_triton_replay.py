@@ -82,8 +82,13 @@ bf16 = torch.bfloat16
 tokens, query = torch.zeros(1, 576, 1024, dtype=bf16), torch.zeros(1, 20, 1024, dtype=bf16)
 relevance, kernel = torch.zeros(1, 576), torch.zeros(1, 576, 576)
 options, graph = PruneOptions(), GspOptions()
+asked = PruneOptions(reduce="max", combine="restrict", floor=0.3, gsp_drop=0.5)
+union = PruneOptions(combine="union", power=2.0)
 calls = {
     "prune": lambda: launch_prune(tokens, query, 64, options),
+    "prune by the largest cosine": lambda: launch_prune(tokens, query, 64, asked),
+    "prune, union": lambda: launch_prune(tokens, query, 64, union),
+    "largest cosine": lambda: launch_query_relevance(tokens, query, None, False, "max"),
     "qcsp": lambda: launch_qcsp(tokens, relevance, 64),
     "gsp": lambda: launch_gsp(tokens, 432, graph),
     "dpp_map": lambda: launch_dpp_map(kernel, 64),
@@ -109,6 +114,7 @@ print(json.dumps(found))
 
 # op -> launches
 LAUNCHES = {"prune": 6, "qcsp": 4, "gsp": 3, "dpp_map": 1, "bipartite_match": 3, "query_relevance": 3}
+LAUNCHES |= {"prune by the largest cosine": 7, "prune, union": 38, "largest cosine": 4}
 MOST = 15  # calls of Python functions in a repeated call, those of Triton's launchers (here one a launch) not counted
 
 

@@ -16,7 +16,7 @@ import torch
 
 from script_kernels.options import PruneOptions
 
-from .kernels.choose import join, launch_intersect, launch_select
+from .kernels.choose import launch_intersect, launch_select
 from .kernels.greedy import launch_greedy
 from .kernels.layout import Layout
 from .kernels.nearest import launch_score
@@ -67,9 +67,7 @@ def prune_layout(
             limits=counts if restrict else limits,
             out=ranking,
         )
-    if union:
-        return join(ranking[0], mask.view(layout.segments, layout.n), most)
-    return launch_intersect(ranking[0], layout, None if restrict else mask, most, total, counts)
+    return launch_intersect(ranking[0], layout, None if restrict else mask, most, total, counts, union=union)
 
 
 @replayed

@@ -175,6 +175,7 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
     ("prune", "bf16", partial(prune, BF16)),
     ("prune", "bf16 by the largest cosine, power", partial(prune, BF16, reduce="max", power=2.0)),
     ("prune", "fp16 no query", partial(prune, FP16, query=False)),
+    ("prune", "bf16 union", partial(prune, BF16, combine="union")),
     ("prune", "fp32 aligned, restrict", partial(prune, FP32, aligned=True, combine="restrict")),
     ("prune_varlen", "bf16", partial(prune_varlen, BF16)),
     ("prune_varlen", "fp32 2 rounds", partial(prune_varlen, FP32, 2)),

@@ -41,6 +41,16 @@ CALLS = {
     "dpp_map shared": (launch_dpp_map, lambda s: (kernel(s, 100), 5)),
     "qcsp": (launch_qcsp, lambda s: (tokens(s, 1, 40, 20), testing.make_relevance(1, 40, seed=s), 6)),
     "prune": (launch_prune, lambda s: (tokens(s, 2, 30, 20), tokens(s + 9, 1, 3, 20), 6, PruneOptions())),
+    "largest": (
+        launch_prune,
+        lambda s: (
+            tokens(s, 2, 30, 20),
+            tokens(s + 9, 1, 3, 20),
+            6,
+            PruneOptions(reduce="max", combine="restrict", gsp_drop=0.5),
+        ),
+    ),
+    "union": (launch_prune, lambda s: (tokens(s, 2, 30, 20), None, 6, PruneOptions(combine="union"))),
     "varlen": (
         launch_prune_varlen,
         lambda s: (tokens(s, 1, 40, 20)[0], bounds(0, 9 + s, 40), None, [4, 5], PruneOptions()),
@@ -48,7 +58,7 @@ CALLS = {
 }
 CALLS["qcsp of tokens"] = CALLS["qcsp"]
 OPTIONS = {"dpp_map shared": {"columns": 64}, "qcsp of tokens": {"columns": 512, "matrix_free": True}}
-SLOW = {"varlen", "dpp_map shared", "relevance", "qcsp"}
+SLOW = {"varlen", "dpp_map shared", "relevance", "qcsp", "largest", "union"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[slow] if name in SLOW else []) for name in CALLS])

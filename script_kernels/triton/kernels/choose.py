@@ -165,9 +165,13 @@ def intersect_kernel(
     N,
     K,
     keep,
+    UNION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One image per program: the first `keep` ranked tokens in the mask, filled up from the rest, ascending."""
+    """One image per program: the first `keep` ranked tokens in the mask, filled up from the rest, ascending.
+
+    UNION: all that the mask has, at most `keep`, ranked or not, filled up from the ranking's start.
+    """
     i_s = tl.program_id(0)
     first, n = segment(p_cu, i_s, N)
     i_out = i_s.to(tl.int64) * keep
@@ -180,11 +184,15 @@ def intersect_kernel(
             i_out += tl.sum(tl.load(p_keep + o_s, mask=o_s < i_s, other=0).to(tl.int64), axis=0)
         keep = tl.load(p_keep + i_s)
 
+    hits = 0
     for i_c in range(0, n, BLOCK):
         o_n = i_c + tl.arange(0, BLOCK)
-        tl.store(p_flag + first + o_n, tl.zeros([BLOCK], dtype=tl.uint8), mask=o_n < n)
-    hits = 0
-    if p_mask is not None:
+        b_flag = tl.zeros([BLOCK], dtype=tl.uint8)
+        if UNION:
+            b_flag = (tl.load(p_mask + first + o_n, mask=o_n < n, other=0) != 0).to(tl.uint8)
+            hits += tl.sum(b_flag.to(tl.int32), axis=0)
+        tl.store(p_flag + first + o_n, b_flag, mask=o_n < n)
+    if (p_mask is not None) and (not UNION):
         for i_c in range(0, K, BLOCK):
             o_k = i_c + tl.arange(0, BLOCK)
             b_j = tl.load(p_ranking + i_s.to(tl.int64) * K + o_k, mask=o_k < K, other=-1)
@@ -205,7 +213,9 @@ def intersect_kernel(
         m_out = m_j & (m_in == 0)
         b_in = tl.cumsum(m_in.to(tl.int32), axis=0) + inside
         b_out = tl.cumsum(m_out.to(tl.int32), axis=0) + outside
-        m_take = (m_in & (b_in <= keep)) | (m_out & (b_out <= fill))
+        m_take = m_out & (b_out <= fill)
+        if not UNION:
+            m_take = m_take | (m_in & (b_in <= keep))
         tl.store(p_flag + first + b_j, tl.full([BLOCK], 1, dtype=tl.uint8), mask=m_take)
         inside += tl.sum(m_in.to(tl.int32), axis=0)
         outside += tl.sum(m_out.to(tl.int32), axis=0)
@@ -363,8 +373,13 @@ def launch_intersect(
     keep: int,
     total: int,
     counts: torch.Tensor | None = None,
+    *,
+    union: bool = False,
 ) -> torch.Tensor:
-    """(total,) int64: per segment the ranked tokens in `mask` (all without one), filled from the rest, ascending."""
+    """(total,) int64: per segment the ranked tokens in `mask` (all without one), filled from the rest, ascending.
+
+    union: all that are in `mask`, which are no more than are kept, filled from the ranking.
+    """
     segments, k = ranking.shape
     flag = torch.empty(layout.rows, dtype=torch.uint8, device=ranking.device)
     out = torch.empty(total, dtype=torch.int64, device=ranking.device)
@@ -380,18 +395,11 @@ def launch_intersect(
         layout.n,
         k,
         keep,
+        UNION=union,
         BLOCK=BLOCK_RANKS,
         num_warps=INTERSECT_WARPS,
     )
     return out
-
-
-def join(ranking: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
-    """All that the mask (B, N) keeps, filled up to `keep` from the ranking (B, K); (B, keep) ascending."""
-    others = ~mask.gather(1, ranking)
-    room = keep - mask.sum(1, keepdim=True)
-    flags = mask.scatter(1, ranking, ~(others & (others.cumsum(1) > room)))
-    return (~flags).byte().argsort(dim=1, stable=True)[:, :keep]
 
 
 def launch_place(

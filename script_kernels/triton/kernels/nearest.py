@@ -152,17 +152,15 @@ def launch_query_scores(
     query_mask: torch.Tensor | None,
     negate: bool,
     score: torch.Tensor,
-) -> torch.Tensor:
-    """Writes the largest cosine of each row of `space` with the query (B or 1, Q, C) to `score`, and returns its reach.
+    reach: torch.Tensor,
+) -> None:
+    """Writes each row's largest cosine with the query (B or 1, Q, C) to `score`, and their range to `reach`.
 
-    rows: statistics of `space`. score: +inf where a token is bad in itself. The reach is that of `MeanQuery`.
+    rows: statistics of `space`. score: +inf where a token is bad in itself. The reach is that of `MeanQuery`, reset.
     """
     query = query.contiguous()
     batch, vectors, width = query.shape
     of_query = launch_rows(query, Layout.of(query))
-    reach = torch.empty((layout.segments, 2), dtype=torch.int32, device=space.device)
-    reach[:, 0].fill_(0x7FFFFFFF)
-    reach[:, 1].fill_(-0x7FFFFFFF)
     mask, strides_m = None, (0, 0)
     if query_mask is not None:
         mask = query_mask.view(torch.uint8)
@@ -170,7 +168,6 @@ def launch_query_scores(
     strides_q = (vectors * width if batch > 1 else 0, width, 1)
     found = (rows.inv_norm, rows.scale, query, of_query.inv_norm, of_query.scale, mask, None, None, score, reach)
     run(beside(space), layout, *found, strides_q, strides_m, others=vectors, sign=-1.0 if negate else 1.0)
-    return reach
 
 
 def launch_score(
@@ -193,10 +190,12 @@ def launch_score(
     if reduce == "mean":
         mean = launch_mean_query(query, query_mask, negate, layout.segments)
         return launch_rows(tokens, layout, mean, aligned, score=True, planes=planes), mean.reach
-    rows = launch_rows(tokens, layout, score=True, planes=planes)
+    reach = torch.empty((layout.segments, 2), dtype=torch.int32, device=tokens.device)
+    rows = launch_rows(tokens, layout, score=True, planes=planes, reach=reach)
     assert rows.score is not None
     space, of_space = (tokens, rows) if aligned is None else (aligned, launch_rows(aligned, layout))
-    return rows, launch_query_scores(space, layout, of_space, query, query_mask, negate, rows.score)
+    launch_query_scores(space, layout, of_space, query, query_mask, negate, rows.score, reach)
+    return rows, reach
 
 
 def launch_alone(

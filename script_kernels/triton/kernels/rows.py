@@ -115,7 +115,7 @@ def row_kernel(
     p_inv,
     p_scale,
     p_score,  # or None
-    p_range,  # (images, 2) int32 order keys of the lowest and highest score; updated with a query
+    p_range,  # (images, 2) int32 order keys of the lowest and highest score, updated with a query, else reset; or None
     p_sums,  # (PLANES, rows) int64, cleared, or None
     strides,
     strides_a,
@@ -166,6 +166,9 @@ def row_kernel(
             high = tl.max(tl.where(m_ranged, b_key, -0x7FFFFFFF), axis=0)
             tl.atomic_min(p_range + 2 * i_s, low, sem="relaxed")
             tl.atomic_max(p_range + 2 * i_s + 1, high, sem="relaxed")
+        elif p_range is not None:
+            tl.store(p_range + 2 * i_s, 0x7FFFFFFF, mask=i_tile == 0)
+            tl.store(p_range + 2 * i_s + 1, -0x7FFFFFFF, mask=i_tile == 0)
     if p_sums is not None:
         for i_plane in tl.static_range(PLANES):
             b_clear = tl.zeros([BR], dtype=tl.int64)
@@ -308,8 +311,10 @@ def launch_rows(
     *,
     score: bool = False,
     planes: int = 0,
+    reach: torch.Tensor | None = None,
 ) -> Rows:
-    """One launch over tokens of any strides; `aligned` is read for the relevance in their place."""
+    """One launch over tokens of any strides; `aligned` is read for the relevance in their place. Without a query a
+    `reach` like that of `MeanQuery` is reset."""
     device = tokens.device
     inv_norm = torch.empty(layout.rows, dtype=torch.float32, device=device)
     found = Rows(
@@ -318,7 +323,7 @@ def launch_rows(
         torch.empty_like(inv_norm) if score else None,
         torch.empty((planes, layout.rows), dtype=torch.int64, device=device) if planes else None,
     )
-    vector, reach = query if query is not None else (None, None)
+    vector, reach = query if query is not None else (None, reach)
     if layout.rows:
         slots, total = layout.slots(BLOCK_ROWS)
         launch(

@@ -1,45 +1,17 @@
-"""python -m script_kernels.targets: every kernel of every launch table compiles for every target and fits.
+"""python -m script_kernels.targets, and what it compiles: machine code, binaries, launches.
 
 Other tests of the process may have turned Triton's interpreter on, so whatever compiles runs in a process of its own.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from compiled_targets import ROOT, run
 
 from bench.model import CHUNKS
 from script_kernels import targets
 
 pytest.importorskip("triton")
-
-ROOT = Path(targets.__file__).parents[1]
-
-
-def run(*command):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-
-
-def test_every_kernel_compiles_for_every_target():
-    done = run("-m", "script_kernels.targets")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    *lines, total = done.stdout.splitlines()[1:]
-    assert total == f"{len(lines)} binaries, 0 with problems"
-    rows = [line.rsplit(maxsplit=6) for line in lines]
-    kernels = {kernel for _, kernel, *_ in rows}
-    for kernel in kernels:
-        assert {target for _, k, target, *_ in rows if k == kernel} == set(targets.TARGETS), kernel
-    for _, _, _, registers, spilled, shared, size in rows:
-        assert 0 <= int(registers) <= 512
-        assert int(spilled) == 0
-        assert 0 <= int(shared) <= max(targets.SHARED_LIMITS.values())
-        assert int(size) > 0
-    assert max(int(row[3]) for row in rows) > 32
 
 
 def test_no_kernel_is_missing_from_the_launch_tables():

@@ -163,7 +163,7 @@ struct FloatTile {
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
     for (int64_t d = 0; d < depth; ++d) {
-      if (kNarrow && next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
+      if (next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
       Vec b[V];
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) b[v] = load<Vec>(strip + d * kStrip + v * kFloats);
@@ -178,22 +178,25 @@ struct FloatTile {
   }
 };
 
-// Walks the chunks of the depth and, inside one, the register tiles: the panel's chunk stays near while all rows read it.
+// Walks the chunks of the depth and, inside one, the register tiles: the panel's chunk stays near while all rows read
+// it. The first tiles fetch the next chunk, a line a step: panels of large images come from memory, and the hardware
+// does not see far enough ahead.
 template <template <int, int> class Tile, int kWord, typename Element>
 inline void multiply(const Element* const* a, int rows, const Element* panel, int groups, int64_t depth, float* c) {
   for (int64_t start = 0; start < depth; start += kChunk) {
     const int64_t steps = depth - start < kChunk ? depth - start : kChunk;
     const Element* chunk = panel + start * kPanel * kWord;
     const char* next = reinterpret_cast<const char*>(chunk + steps * kPanel * kWord);
+    int64_t fetched = 0;  // lines of the next chunk
     for (int r = 0, m = 0; r < rows; r += m) {
       m = tile_rows(rows - r);
       for (int v = 0; v < groups * kGroupVectors; v += kVectors) {
         const int vectors = groups * kGroupVectors - v, strip = v / kVectors;
-        const int64_t lines = strip * steps;  // of the next chunk, which the tiles before fetch
-        const bool fetch = kNarrow && r == 0 && lines * kLine < steps * kPanel * 4;
+        const bool fetch = fetched * kLine < steps * kPanel * 4;
         dispatch_tile<Tile>(m, vectors < kVectors ? vectors : kVectors, a + r, start * kWord,
                             chunk + strip * steps * kStrip * kWord, steps, start > 0,
-                            fetch ? next + lines * kLine : nullptr, c + r * kPanel + v * kFloats);
+                            fetch ? next + fetched * kLine : nullptr, c + r * kPanel + v * kFloats);
+        fetched += steps;
       }
     }
   }
@@ -215,7 +218,7 @@ struct Bf16Tile {
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
     for (int64_t d = 0; d < depth; ++d) {
-      if (kNarrow && next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
+      if (next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
       Int b[V];
       SCRIPT_UNROLL(4)
       for (int v = 0; v < V; ++v) b[v] = load<Int>(strip + (d * kStrip + v * kFloats) * 2);

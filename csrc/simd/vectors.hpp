@@ -130,8 +130,7 @@ inline Int lowest_lane(Int v) {
   return fold_lanes<kFloats / 2>(v, [](Int a, Int b) { return a < b ? a : b; });
 }
 
-// Whether a register tile is narrower than a panel, and goes over it in several strips. The hardware does not foresee
-// in time what a tile reads then: a panel that comes from memory is fetched by hand.
+// Whether a register tile is narrower than a panel, and goes over it in several strips.
 constexpr bool kNarrow = kVectors < kPanelVectors;
 constexpr int64_t kLine = 64;  // bytes
 

@@ -179,6 +179,23 @@ def test_machine_code_of_the_exchange():
     assert "no barrier between polls and C" in exchange_faults([line for line in code if "BAR.SYNC" not in line])
 
 
+def test_no_polled_key_is_read_by_two_warps_apart():
+    """Two threads that read a key at two times may see different keys; a maximum over both would be either's."""
+    script = """
+from script_kernels import targets
+for launch in targets.collect():
+    names = launch.kernel.arg_names
+    constants = {names[path[0]]: value for path, value in launch.constants.items()}
+    if "BG" in constants and "p_slots" not in constants:
+        print(constants["BG"], 32 * launch.options.num_warps)
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+    found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(found) > 20
+    assert all(keys == 32 or keys >= threads for keys, threads in found), found
+
+
 BAD_KERNELS = """
 import torch
 import triton

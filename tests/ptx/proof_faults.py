@@ -29,10 +29,10 @@ def replaced(kernel, pattern, by, which=None):
     return edit, planted
 
 
-def exchange(edit, planted, **options):
+def exchange(edit, planted, n=130, columns=64, **options):
     with interpreted(seed=2, edit=edit, **options):
         try:
-            launch_dpp_map(matrix(130), 8, columns=64)
+            return launch_dpp_map(matrix(n), 8, columns=columns)
         finally:
             assert planted
 
@@ -44,11 +44,14 @@ def test_dropped_release():
 
 
 def test_no_barrier_between_polls_and_rows():
-    """A thread has seen the key of one program alone; that the others are there it knows by the barrier."""
+    """A thread has seen the key of one program alone; that the others are there it knows by the barrier.
+
+    128 keys are more than a warp has threads: their maximum goes through shared memory, behind barriers of its own.
+    """
     pattern = r"(?s)(ld\.volatile(?:(?!ld\.volatile).)*?)bar\.sync\s+0;"
     edit, planted = replaced("greedy_kernel", pattern, r"\1", which=-1)
     with pytest.raises(RaceError, match=r"p_factor.*ld\.global\.cg"):
-        exchange(edit, planted)
+        exchange(edit, planted, 300, 256)
 
 
 def test_weak_polls():
@@ -58,13 +61,18 @@ def test_weak_polls():
 
 
 def test_polls_that_do_not_wait():
-    """The loop's exit taken at once: keys that are not there yet are taken for keys."""
+    """The loop's exit taken at once: keys that are not there yet are taken for keys, and the picks are wrong."""
     pattern = (
         r"(setp\.(?:ne|eq)\.b(?:32|64) \s*(%p\d+)[^;]*;\s*@)(!?)(\2 bra\s+(\S+);)(?=(?:[^;]*;){1,4}[^;]*ld\.volatile)"
     )
     edit, planted = replaced("greedy_kernel", pattern, r"\1\3\4 bra.uni \5;")
+
+    def certified():
+        indices, _ = exchange(edit, planted)
+        testing.certify(testing.kernel64_of(matrix(130)), indices)
+
     with pytest.raises((PtxError, AssertionError)):
-        exchange(edit, planted)
+        certified()
 
 
 def test_a_program_that_never_publishes():

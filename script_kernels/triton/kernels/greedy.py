@@ -339,8 +339,11 @@ def compile_options(layout: Layout, stage: Stage, device: torch.device) -> dict[
     num_warps, unroll, registers = stage.block
     whole = 1 << (plan.columns.bit_length() - 1)  # Triton's arrays have lengths of powers of two
     sharers = triton.cdiv(layout.n, plan.columns) if plan.grid else 1
-    few = plan.grid and (layout.packed or plan.columns < 256)  # one exchange for all that share
-    widths = SHARERS[1:] if few else SHARERS
+    # Polled keys are not the same for two threads that ask at two times. So a key has one thread, or, where 32 are all,
+    # a warp has each: in between, warps would bring different maxima of the same keys.
+    few, many = SHARERS[0], max(SHARERS[1], 32 * num_warps)
+    one = plan.grid and (layout.packed or plan.columns < 256)  # one exchange for all that share
+    widths = (many,) if one else (few, many)
     options: dict[str, Any] = {
         "BN": whole,
         "BX": plan.columns - whole,

@@ -155,26 +155,30 @@ def plot(runs: dict[int, Any], path: pathlib.Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.judge report", description="Table and plot of the test split."
+        prog="python -m bench.judge report", description="Table of a test split, and the first one's plot."
     )
-    parser.parse_args(argv)
-    for s in chosen():
-        print("chosen:", s.name)
-    runs = read("test")
+    parser.add_argument("--split", choices=("test", "test2"), default="test")
+    split = parser.parse_args(argv).split
+    if split == "test":
+        for s in chosen():
+            print("chosen:", s.name)
+    runs = read(split)
     if not runs:
         return
     for seed, run in runs.items():
         unpruned, other = (100 * run[name].mean() for name in ("unpruned", "other_image"))
         print(f"seed {seed}: unpruned {unpruned:.1f}, other image {other:.1f}")
         print({k: round(float(v), 3) for k, v in run.items() if k.startswith("auc")})
-        print("calibrated:", run["calibrated"])
+        if "calibrated" in run:
+            print("calibrated:", run["calibrated"])
     text = table(runs) + "\n\n" + "\n\n".join(comparisons(runs, "dpp", keep) for keep in CHOOSE)
     beaten = unbeaten(runs)
     print("never beaten:", ", ".join(name for name, by in beaten.items() if not by))
     for name, by in beaten.items():
         print(name, "beaten:", len(by), *by[:1])
-    (RESULTS / "test.md").write_text(text + "\n")
-    plot(runs, PLOT)
+    (RESULTS / f"{split}.md").write_text(text + "\n")
+    if split == "test":
+        plot(runs, PLOT)
     print(text)
 
 

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import gsp, mask_intersect, qcsp
-from ..options import COMBINE, PruneOptions, rounds_needed, union_share
-from ._common import check, finite, number, ones, unit
-
-FEWEST = 16  # GSP stops at one token in so many, which takes it some 15 rounds; one in 500 would take 200
+from ..options import COMBINE, PruneOptions, number, rounds_needed, survivors_of, uniform_share, union_share
+from ._common import check, even_places, finite, ones, split_order, unit
 
 
 class Weighted(NamedTuple):
@@ -61,7 +59,7 @@ class Stages(NamedTuple):
 
     mask: Tensor  # (B, N) bool, False where GSP dropped
     redundancy: Tensor  # (B, N) fp32, as `gsp` returns it
-    order: Tensor  # (B, R) int64 tokens, best first
+    order: Tensor  # (B, R) int64 tokens, best first; without those that are kept at even distances
     gains: Tensor  # (B, R) fp32, of `order`
     kept: Tensor  # (B, keep) int64 ascending
 
@@ -78,11 +76,56 @@ def script_stages(
     ridge: float = 0.0,
     combine: str = "intersect",
     survivors: float | None = None,
+    uniform: float = 0.0,
+    split: str = "raster",
+    grid_width: int | None = None,
     done: Callable[[str], None] = lambda stage: None,
     **options: Any,
 ) -> Stages:
     """`script` with what its stages found; `done` is called with each one's name as soon as it is queued."""
     check(tokens, relevance, keep)
+    N, few = tokens.shape[1], uniform_share(keep, uniform)
+    where = split_order(tokens, split, grid_width)
+    if few:  # the stages see the others only
+        anchors = even_places(N, few, tokens.device)
+        left = torch.ones(N, dtype=torch.int8, device=tokens.device).index_fill(0, anchors, 0)
+        left = left if where is None else left[where]
+        rest = left.argsort(descending=True, stable=True)[: N - few]  # unlike nonzero, without waiting for a GPU
+        where = rest if where is None else where[rest]
+    how: dict[str, Any] = {"power": power, "mix": mix, "floor": floor, "negate": negate, "ridge": ridge}
+    how |= {"combine": combine, "survivors": survivors, "done": done, **options}
+    if where is None:
+        return _stages(tokens, relevance, keep, **how)
+    own = None if relevance is None else relevance[:, where]
+    found = _stages(tokens[:, where], own, keep - few, **how)
+    kept = where[found.kept]
+    if few:
+        kept = torch.cat([anchors.expand(len(kept), -1), kept], 1)
+    return Stages(
+        torch.ones_like(found.mask[:, :1]).repeat(1, N).index_copy(1, where, found.mask),
+        torch.zeros_like(found.redundancy[:, :1]).repeat(1, N).index_copy(1, where, found.redundancy),
+        where[found.order],
+        found.gains,
+        kept.sort(1).values,
+    )
+
+
+def _stages(
+    tokens: Tensor,
+    relevance: Tensor | None,
+    keep: int,
+    *,
+    power: float,
+    mix: float,
+    floor: float,
+    negate: bool,
+    ridge: float,
+    combine: str,
+    survivors: float | None,
+    done: Callable[[str], None],
+    **options: Any,
+) -> Stages:
+    """The stages on tokens that alternate between sources and destinations as they come."""
     if combine not in COMBINE:
         raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
     if "reduce" in options:
@@ -109,7 +152,7 @@ def script_stages(
         given.check_drop(N, keep)
         left, rounds = given.gsp_keep(N), given.rounds
     else:
-        left = min(N, max(math.ceil(number(survivors, "survivors", 1.0) * keep), -(-N // FEWEST)))
+        left = survivors_of(N, keep, survivors)
         rounds = max(given.rounds, rounds_needed(N, left))
     mask, redundancy = gsp(tokens, left, rounds=rounds, **graph)
     done("gsp")
@@ -143,6 +186,9 @@ def script(
     ridge: float = 0.0,
     combine: str = "intersect",
     survivors: float | None = None,
+    uniform: float = 0.0,
+    split: str = "raster",
+    grid_width: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Script (arXiv 2512.01949): QCSP's ranking and GSP's survivors, joined by `combine`.
@@ -152,7 +198,11 @@ def script(
     down to that half, keeps; the other half, and what both would take, to QCSP's order.
 
     `survivors` stands in for `gsp_drop` and `rounds`, except in a union: GSP goes on, in as many rounds as it takes,
-    until that many times `keep` tokens are left, or one in `FEWEST`.
+    until that many times `keep` tokens are left, or one in 16.
+
+    `uniform` is the share of `keep` that is taken at even distances before anything is compared; the stages choose the
+    rest of the budget among the other tokens. `split`: "raster", or "checker" for a grid of `grid_width` columns, of
+    which GSP's sources are then the squares of one colour.
     """
     return script_stages(
         tokens,
@@ -165,6 +215,9 @@ def script(
         ridge=ridge,
         combine=combine,
         survivors=survivors,
+        uniform=uniform,
+        split=split,
+        grid_width=grid_width,
         **options,
     ).kept
 

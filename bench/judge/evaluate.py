@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     elif given.split in BANKS:
         from .second import opened, second
 
-        chosen, keeps = (second(), CHOOSE) if given.split == "second" else (opened(), KEEPS)
+        chosen, keeps = (second(), CHOOSE) if given.split == "second" else (opened(), (*CHOOSE, 32))
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
     if given.split == "test":
         found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .evaluate import CHOOSE, KEEPS, RESULTS, TOKENS, Setting, settings
+from .evaluate import CHOOSE, RESULTS, TOKENS, Setting, settings
 
 PLOT = pathlib.Path(__file__).parents[2] / "docs" / "judge.png"
 FAMILIES = ("cdpruner", "script", "resprune", "mmr", "relevance")
@@ -60,8 +60,9 @@ def difference(a: Any, b: Any, image: Any, level: float = 0.95) -> tuple[float, 
     return float(mean), float(NormalDist().inv_cdf(0.5 + level / 2) * error)
 
 
-def table(runs: dict[int, Any], keeps: tuple[int, ...] = KEEPS) -> str:
+def table(runs: dict[int, Any]) -> str:
     """Markdown: accuracy by keep, seed by seed, and at 11 % how far from the best query-free rule."""
+    keeps = next(iter(runs.values()))["keeps"].tolist()
     lines = [
         "| setting | "
         + " | ".join(f"{100 * k / TOKENS:.1f} %" for k in keeps)
@@ -69,7 +70,7 @@ def table(runs: dict[int, Any], keeps: tuple[int, ...] = KEEPS) -> str:
     ]
     lines.append("|---" * (len(keeps) + 4) + "|")
     names = list(next(iter(runs.values()))["settings"])
-    at = list(keeps).index(64)
+    at = keeps.index(64)
     mean = np.mean([r["right"][:, at].mean(1) for r in runs.values()], axis=0)
     order = sorted(range(len(names)), key=lambda n: -mean[n])
     for n in order:

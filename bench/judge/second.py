@@ -86,7 +86,7 @@ def opened() -> list[Setting]:
         "script (combine=union)",
         "script (combine=union, floor=0.3, words, max)",
         "cdpruner (mix=0.8, words, max)",
-        *("dpp", "divprune", "gsp", "script", "stride", "random"),
-        *("cdpruner (words)", "script (words)", "cdpruner (pair)", "relevance (evidence)"),
+        *("dpp", "divprune", "script", "stride", "random"),
+        *("cdpruner (words)", "cdpruner (pair)", "relevance (evidence)"),
     ]
     return [next(s for s in every if s.name == name) for name in dict.fromkeys(names)]

@@ -46,6 +46,7 @@ def weighted(
     r = r**power
     x = unit(tokens)
     rows = torch.cat([math.sqrt(1 - mix) * x, math.sqrt(mix) * r[..., None] * x], -1)
+    rows = rows.masked_fill(~finite(tokens)[..., None], math.nan)  # such tokens go last, as they would as they came
     return Weighted(rows, torch.sqrt((1 - mix) + mix * r * r), 1.0)
 
 

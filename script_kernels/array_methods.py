@@ -25,7 +25,6 @@ from .options import (
     number,
     rounds_needed,
     survivors_of,
-    uniform_share,
     union_share,
 )
 
@@ -64,11 +63,6 @@ def unit(tokens: Array) -> Array:
 def top(score: Array, keep: int) -> Array:
     """The `keep` tokens of largest score (B, N), ascending; between equals the lower index."""
     return np.sort(np.argsort(-score, axis=1, kind="stable")[:, :keep], 1)
-
-
-def even_places(n: int, count: int) -> Array:
-    """(count,) int64: the middles of `count` equal parts of n tokens."""
-    return (2 * np.arange(count, dtype=np.int64) + 1) * n // (2 * count)
 
 
 def split_order(n: int, split: str, grid_width: int | None) -> Array:
@@ -117,7 +111,6 @@ def script(
     ridge: float = 0.0,
     combine: str = "intersect",
     survivors: float | None = None,
-    uniform: float = 0.0,
     split: str = "raster",
     grid_width: int | None = None,
     threads: int = 1,
@@ -130,13 +123,10 @@ def script(
         raise TypeError("reduce: expected in `query_relevance`, got it in a method, which is given the relevance")
     given = PruneOptions(combine=combine, **options)
     given.check()
-    anchors = even_places(tokens.shape[1], uniform_share(keep, uniform) or 1)[: uniform_share(keep, uniform)]
     where = split_order(tokens.shape[1], split, grid_width)
-    where = where[~np.isin(where, anchors)]  # the stages see the others only
     tokens, relevance = tokens[:, where], None if relevance is None else relevance[:, where]
     kernel = weighted(tokens, relevance, power, mix, floor, negate)
-    kept = where[_joined(tokens, kernel, keep - len(anchors), given, survivors, ridge, threads)]
-    return np.sort(np.concatenate([np.broadcast_to(anchors, (len(kept), len(anchors))), kept], 1), 1)
+    return np.sort(where[_joined(tokens, kernel, keep, given, survivors, ridge, threads)], 1)
 
 
 def _joined(
@@ -251,7 +241,8 @@ def gsp(
 
 def stride(tokens: Array, relevance: Array | None, keep: int, *, threads: int = 1) -> Array:
     """Every N / keep-th token: the middles of `keep` equal parts of the sequence."""
-    return np.tile(even_places(tokens.shape[1], keep), (len(tokens), 1))
+    place = np.arange(keep, dtype=np.int64)
+    return np.tile((2 * place + 1) * tokens.shape[1] // (2 * keep), (len(tokens), 1))
 
 
 def random(tokens: Array, relevance: Array | None, keep: int, *, seed: int = 0, threads: int = 1) -> Array:

@@ -243,13 +243,6 @@ def survivors_of(n: int, keep: int, survivors: float) -> int:
     return min(n, max(math.ceil(number(survivors, "survivors", 1.0) * keep), -(-n // FEWEST)))
 
 
-def uniform_share(keep: int, uniform: float) -> int:
-    """Tokens of `keep` that the method `script` takes at even distances: that share of them, rounded down."""
-    if not 0 <= number(uniform, "uniform") < 1:
-        raise ValueError(f"uniform: expected 0 <= uniform < 1, got {uniform}")
-    return math.floor(uniform * keep)
-
-
 def union_share(keep: int) -> int:
     """Tokens of `keep` that are GSP's in a union: half of them, rounded up."""
     return (keep + 1) // 2

@@ -1,4 +1,4 @@
-"""Checkered sources and destinations, and a share of the budget at even distances: options of the methods by name."""
+"""Checkered sources and destinations: an option of the methods that have a graph."""
 
 import pytest
 import torch
@@ -119,32 +119,3 @@ def prune(model, inputs, **options):
     from script_kernels.transformers import prune_inputs
 
     return prune_inputs(model, inputs, 18, **options).keep_indices[0]
-
-
-@pytest.mark.parametrize("options", [{}, GRAPH, {"combine": "union"}, {"split": "checker", "grid_width": WIDTH}])
-def test_a_uniform_share_is_kept_and_the_stages_choose_the_rest(options):
-    tokens, relevance = example()
-    keep, few = 13, 3  # a quarter of 13, rounded down
-    places = [8, 24, 40]
-    found = script_stages(tokens, relevance, keep, uniform=0.25, **options)
-    order = swapped(N, WIDTH) if "split" in options else torch.arange(N)
-    rest = torch.tensor([t for t in order.tolist() if t not in places])
-    own = {name: value for name, value in options.items() if name not in ("split", "grid_width")}
-    plain = script_stages(tokens[:, rest], relevance[:, rest], keep - few, **own)
-    for b in range(2):
-        assert found.kept[b].tolist() == sorted([*places, *rest[plain.kept[b]].tolist()])
-        assert found.mask[b, places].all()
-    assert torch.equal(found.order, rest[plain.order])
-    assert torch.equal(found.mask[:, rest], plain.mask)
-    assert torch.equal(methods.select(tokens, relevance, keep, uniform=0.25, **options), found.kept)
-    assert torch.equal(
-        methods.select(tokens, relevance, keep, uniform=0.07, **options),  # less than one token
-        methods.select(tokens, relevance, keep, **options),
-    )
-
-
-@pytest.mark.parametrize("uniform", [-0.1, 1.0, float("nan")])
-def test_a_uniform_share_leaves_something_to_choose(uniform):
-    tokens, relevance = example()
-    with pytest.raises(ValueError, match="uniform: expected"):
-        methods.select(tokens, relevance, 12, uniform=uniform)

@@ -209,9 +209,9 @@ class Exam:
 
 
 def rule_of(setting: Setting) -> str | methods.Method:
-    from .second import RULES
+    from .second import rule_of
 
-    return RULES.get(setting.method, setting.method)
+    return rule_of(setting)
 
 
 def auc(score: Tensor, evidence: Tensor) -> float:

@@ -7,10 +7,10 @@ python -m bench.judge report --split test2                 # results/test2.md
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from script_kernels import max_min, qcsp
-from script_kernels.methods import Method
+from script_kernels import max_min, methods, qcsp
 
 from .evaluate import CHOOSE, Setting, settings
 
@@ -31,8 +31,21 @@ def _raw(tokens: Tensor, relevance: Tensor | None, keep: int, *, floor: float = 
     return qcsp(tokens, _floored(tokens, relevance, floor), keep, normalize=False)[0]
 
 
-# Of the ops, but of no method: the relevance of max_min, and QCSP on raw products with a floor.
-RULES: dict[str, Method] = {"max_min": _max_min, "raw": _raw}
+def _uniform(tokens: Tensor, relevance: Tensor | None, keep: int, *, uniform: float, **options: Any) -> Tensor:
+    """That share of `keep` at even distances, and the rest by `script` among the other tokens."""
+    few, n = int(uniform * keep), tokens.shape[1]
+    first = methods.select(tokens, None, few, method="stride")
+    rest = torch.ones(n, dtype=torch.bool).index_fill(0, first[0], False).nonzero()[:, 0]
+    own = None if relevance is None else relevance[:, rest]
+    return torch.cat([first, rest[methods.select(tokens[:, rest], own, keep - few, **options)]], 1)
+
+
+# Of the ops, but of no method: the relevance of max_min, QCSP on raw products with a floor, and the even share.
+RULES: dict[str, methods.Method] = {"max_min": _max_min, "raw": _raw}
+
+
+def rule_of(setting: Setting) -> str | methods.Method:
+    return _uniform if "uniform" in setting.options else RULES.get(setting.method, setting.method)
 
 
 def second() -> list[Setting]:

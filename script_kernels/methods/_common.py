@@ -33,11 +33,6 @@ def ones(tokens: Tensor) -> Tensor:
     return tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
 
 
-def even_places(n: int, count: int, device: torch.device) -> Tensor:
-    """(count,) int64: the middles of `count` equal parts of n tokens."""
-    return (2 * torch.arange(count, device=device) + 1) * n // (2 * count)
-
-
 def finite(tokens: Tensor) -> Tensor:
     """(B, N) bool: tokens without a NaN or an Inf."""
     return torch.isfinite(tokens).all(-1)

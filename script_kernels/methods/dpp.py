@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import gsp, mask_intersect, qcsp
-from ..options import COMBINE, PruneOptions, number, rounds_needed, survivors_of, uniform_share, union_share
-from ._common import check, even_places, finite, ones, split_order, unit
+from ..options import COMBINE, PruneOptions, number, rounds_needed, survivors_of, union_share
+from ._common import check, finite, ones, split_order, unit
 
 
 class Weighted(NamedTuple):
@@ -60,7 +60,7 @@ class Stages(NamedTuple):
 
     mask: Tensor  # (B, N) bool, False where GSP dropped
     redundancy: Tensor  # (B, N) fp32, as `gsp` returns it
-    order: Tensor  # (B, R) int64 tokens, best first; without those that are kept at even distances
+    order: Tensor  # (B, R) int64 tokens, best first
     gains: Tensor  # (B, R) fp32, of `order`
     kept: Tensor  # (B, keep) int64 ascending
 
@@ -77,7 +77,6 @@ def script_stages(
     ridge: float = 0.0,
     combine: str = "intersect",
     survivors: float | None = None,
-    uniform: float = 0.0,
     split: str = "raster",
     grid_width: int | None = None,
     done: Callable[[str], None] = lambda stage: None,
@@ -85,29 +84,19 @@ def script_stages(
 ) -> Stages:
     """`script` with what its stages found; `done` is called with each one's name as soon as it is queued."""
     check(tokens, relevance, keep)
-    N, few = tokens.shape[1], uniform_share(keep, uniform)
     where = split_order(tokens, split, grid_width)
-    if few:  # the stages see the others only
-        anchors = even_places(N, few, tokens.device)
-        left = torch.ones(N, dtype=torch.int8, device=tokens.device).index_fill(0, anchors, 0)
-        left = left if where is None else left[where]
-        rest = left.argsort(descending=True, stable=True)[: N - few]  # unlike nonzero, without waiting for a GPU
-        where = rest if where is None else where[rest]
     how: dict[str, Any] = {"power": power, "mix": mix, "floor": floor, "negate": negate, "ridge": ridge}
     how |= {"combine": combine, "survivors": survivors, "done": done, **options}
     if where is None:
         return _stages(tokens, relevance, keep, **how)
-    own = None if relevance is None else relevance[:, where]
-    found = _stages(tokens[:, where], own, keep - few, **how)
-    kept = where[found.kept]
-    if few:
-        kept = torch.cat([anchors.expand(len(kept), -1), kept], 1)
+    found = _stages(tokens[:, where], None if relevance is None else relevance[:, where], keep, **how)
+    back = where.argsort()
     return Stages(
-        torch.ones_like(found.mask[:, :1]).repeat(1, N).index_copy(1, where, found.mask),
-        torch.zeros_like(found.redundancy[:, :1]).repeat(1, N).index_copy(1, where, found.redundancy),
+        found.mask[:, back],
+        found.redundancy[:, back],
         where[found.order],
         found.gains,
-        kept.sort(1).values,
+        where[found.kept].sort(1).values,
     )
 
 
@@ -187,7 +176,6 @@ def script(
     ridge: float = 0.0,
     combine: str = "intersect",
     survivors: float | None = None,
-    uniform: float = 0.0,
     split: str = "raster",
     grid_width: int | None = None,
     **options: Any,
@@ -201,9 +189,8 @@ def script(
     `survivors` stands in for `gsp_drop` and `rounds`, except in a union: GSP goes on, in as many rounds as it takes,
     until that many times `keep` tokens are left, or one in 16.
 
-    `uniform` is the share of `keep` that is taken at even distances before anything is compared; the stages choose the
-    rest of the budget among the other tokens. `split`: "raster", or "checker" for a grid of `grid_width` columns, of
-    which GSP's sources are then the squares of one colour.
+    `split`: "raster", or "checker" for a grid of `grid_width` columns, of which GSP's sources are then the squares of
+    one colour.
     """
     return script_stages(
         tokens,
@@ -216,7 +203,6 @@ def script(
         ridge=ridge,
         combine=combine,
         survivors=survivors,
-        uniform=uniform,
         split=split,
         grid_width=grid_width,
         **options,

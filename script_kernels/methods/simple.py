@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import bipartite_match
 from .. import gsp as graph_pruning
 from ..options import GspOptions, count, rounds_needed
-from ._common import check, even_places, finite, ones, split_order, top, unit
+from ._common import check, finite, ones, split_order, top, unit
 
 
 def relevance(tokens: Tensor, relevance: Tensor | None, keep: int, *, negate: bool = False) -> Tensor:
@@ -99,7 +99,8 @@ def dart(tokens: Tensor, relevance: Tensor | None, keep: int, *, pivots: int = 8
 def stride(tokens: Tensor, relevance: Tensor | None, keep: int) -> Tensor:
     """Every N / keep-th token: the middles of `keep` equal parts of the sequence."""
     check(tokens, relevance, keep)
-    return even_places(tokens.shape[1], keep, tokens.device).repeat(tokens.shape[0], 1)
+    place = torch.arange(keep, device=tokens.device)
+    return ((2 * place + 1) * tokens.shape[1] // (2 * keep)).repeat(tokens.shape[0], 1)
 
 
 def random(tokens: Tensor, relevance: Tensor | None, keep: int, *, seed: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 python -m bench.judge evaluate --seed 0 --split second     # its settings on the validation split
 python -m bench.judge evaluate --seed 0 --split test2      # what RULE.md lets through, on scenes not seen before
-python -m bench.judge report --split test2                 # results/test2.md
+python -m bench.judge report --split test2                 # results/test2.md; second.md likewise
 """
 
 from typing import Any

@@ -149,9 +149,11 @@ def test_the_second_test_split_is_other_scenes_of_the_test_s_pictures():
     )
     assert not set(first) & set(other)
     assert evaluate.BANKS["test2"] == "test"
-    # The validation split again, not scenes that anything else was concluded from.
-    assert evaluate.BANKS["second"] == "val"
-    assert evaluate.GENERATORS["second"] == evaluate.GENERATORS["val"]
+    for again in ("second", "third"):  # the validation split, not scenes that anything else was concluded from
+        assert evaluate.BANKS[again] == "val"
+        assert evaluate.GENERATORS[again] == evaluate.GENERATORS["val"]
+    for run in report.read("third").values():
+        assert list(run["settings"]) == [s.name for s in second.third()]
 
 
 def test_the_second_round_is_recorded_and_leaves_the_default_by_its_rule():

@@ -3,8 +3,8 @@
     python -m bench.judge evaluate --seed 0 --split val
     python -m bench.judge evaluate --seed 0 --split test
 
-The splits "second" (the validation split again) and "test2" (other scenes of the test's pictures) are the second
-round's: see second.py.
+The splits "second" and "third" (the validation split again) and "test2" (other scenes of the test's pictures) are the
+second round's: see second.py.
 
 Per setting, keep and question: whether the answer is right, whether it is the unpruned one, the Kullback-Leibler
 divergence of the first answer's distribution from the unpruned one, and the share of the evidence that was kept. All of
@@ -34,9 +34,9 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
-GENERATORS = {"val": 2_000_003, "second": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
+GENERATORS = {"val": 2_000_003, "second": 2_000_003, "third": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
 IMAGES = 120
-BANKS = {"second": "val", "test2": "test"}  # where the pictures are from that scenes are composed of
+BANKS = {"second": "val", "third": "val", "test2": "test"}  # where the pictures are from that scenes are composed of
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -315,9 +315,10 @@ def main(argv: list[str] | None = None) -> None:
 
         chosen, keeps = [*reported(), calibrated(given.seed)], KEEPS
     elif given.split in BANKS:
-        from .second import opened, second
+        from .second import opened, second, third
 
-        chosen, keeps = (second(), CHOOSE) if given.split == "second" else (opened(), (*CHOOSE, 32))
+        chosen = {"second": second, "third": third, "test2": opened}[given.split]()
+        keeps = (*CHOOSE, 32) if given.split == "test2" else CHOOSE
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
     if given.split == "test":
         found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)

@@ -71,6 +71,15 @@ def second() -> list[Setting]:
     return [*asked, *free]
 
 
+def third() -> list[Setting]:
+    """What the second round pointed to when its test split had been opened: a ridge. Nothing is concluded from it."""
+    words: dict[str, Any] = {"source": "words", "reduce": "max"}
+    found = [Setting("dpp"), DEFAULT]
+    found += [Setting("script", {**GRAPH, "floor": 0.3, "ridge": ridge}, **words) for ridge in (0.03, 0.1, 0.3, 1.0)]
+    found += [Setting("script", {**GRAPH, "survivors": 3.0, "floor": 0.3, "ridge": 0.3}, **words)]
+    return [*found, *(Setting("cdpruner", {"floor": 0.3, "ridge": ridge}, **words) for ridge in (0.3, 1.0))]
+
+
 def candidate() -> Setting:
     """Rule 7: of the settings on words, the one whose worst seed keeps most of the unpruned answers at 11 %."""
     from .report import read

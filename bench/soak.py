@@ -59,9 +59,12 @@ class Calls:
         draw = self.random
         return {
             "negate": draw.random() < 0.5,
-            "combine": draw.choice(("intersect", "restrict")),
+            "combine": draw.choice(("intersect", "restrict", "union")),
             "gsp_drop": draw.choice((0.0, 0.25, 0.4)),
             "rounds": draw.choice((1, 1, 2)),
+            "floor": draw.choice((0.0, 0.3)),
+            "power": draw.choice((1.0, 0.5)),
+            "reduce": draw.choice(("mean", "max")),
         }
 
     def next(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -9,7 +9,7 @@ Bad arguments raise before any work: ValueError (values, shapes) or TypeError (d
 `argument: expected what, got what came`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ __all__ = [
     "prune_varlen",
     "qcsp",
     "query_relevance",
+    "select",
 ]
 
 Array = npt.NDArray[Any]
@@ -456,3 +457,34 @@ def prune_varlen(
         arrays.values(options),
         arrays.threads(threads),
     )
+
+
+def select(
+    tokens: Array,
+    relevance: Array | None,
+    keep: int,
+    *,
+    method: str | Callable[..., Array] = "script",
+    threads: int = 1,
+    **options: Any,
+) -> Array:
+    """The indices that a method keeps; `script_kernels.methods.select` for the methods that are made of these ops.
+
+    Args:
+        tokens: (B, N, D).
+        relevance: (B, N) float32, or None.
+        keep: 1 <= keep <= N.
+        method: script, cdpruner, dpp, resprune, otprune, divprune, mmr, relevance, gsp, stride, random, or a callable
+            `(tokens, relevance, keep, **options) -> (B, keep)` integers, whose result is checked.
+        threads: how many threads a method of these may use, >= 1; a callable is not told.
+        options: handed on to the method.
+
+    Returns:
+        (B, keep) int64, ascending.
+
+    Raises:
+        ValueError, TypeError: see the module, and a callable's result that is not `keep` distinct indices.
+    """
+    from . import array_methods
+
+    return array_methods.select(tokens, relevance, keep, method, threads, options)

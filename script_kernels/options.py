@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 COMBINE = ("intersect", "restrict", "union")
 REDUCE = ("mean", "max")
+SPLIT = ("raster", "checker")
 MOST_POWER = 64  # of a relevance: a larger one would leave nothing but the largest
 # A round is a matching of all that is left. A hundred of them get to one token in a hundred; more would only be time.
 MOST_ROUNDS = 100
+FEWEST = 16  # GSP stops at one token in so many, which takes it some 15 rounds; one in 500 would take 200
 # No dimension of any argument is larger. Positions and counts are then exact in int32 and float32, and a view of stride
 # 0, which may claim any size without having it, cannot ask for work without end.
 MOST_SIZE = 2**24
@@ -81,6 +83,35 @@ def check_name(value: str, argument: str, names: Sequence[str]) -> None:
     if value not in names:
         *first, last = map(repr, names)
         raise ValueError(f"{argument}: expected {', '.join(first)} or {last}, got {value!r}")
+
+
+def number(value: float, argument: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """The value as a float, once it is known to be finite and within the bounds."""
+    check_finite(value, argument)
+    if not low <= value <= high:
+        raise ValueError(f"{argument}: expected {low:g} <= {argument} <= {high:g}, got {value}")
+    return float(value)
+
+
+def count(value: int, argument: str, low: int) -> int:
+    """The value, once it is known to be an int that is not too small."""
+    check_int(value, argument)
+    if value < low:
+        raise ValueError(f"{argument}: expected {argument} >= {low}, got {value}")
+    return value
+
+
+def check_split(n: int, split: str, grid_width: int | None) -> None:
+    """Raises unless n tokens can alternate as asked between GSP's sources and destinations."""
+    check_name(split, "split", SPLIT)
+    if split == "raster" and grid_width is None:
+        return
+    if split == "raster":
+        raise ValueError(f"grid_width: expected it with split='checker' only, got {grid_width} with 'raster'")
+    if grid_width is None:
+        raise ValueError("grid_width: expected the tokens of a row of the grid with split='checker', got None")
+    if n % count(grid_width, "grid_width", 1):
+        raise ValueError(f"grid_width: expected a divisor of N = {n}, the tokens of whole rows, got {grid_width}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +236,11 @@ class PruneOptions(GspOptions):
     def ranked(self, n: int, keep: int) -> int:
         """Length of QCSP's ranking, for `keep` of n tokens."""
         return min(n, math.ceil(self.oversample * keep)) if self.combine == "intersect" else keep
+
+
+def survivors_of(n: int, keep: int, survivors: float) -> int:
+    """Tokens of n that the method `script` has GSP leave: `survivors` times `keep`, and one in FEWEST at least."""
+    return min(n, max(math.ceil(number(survivors, "survivors", 1.0) * keep), -(-n // FEWEST)))
 
 
 def union_share(keep: int) -> int:

@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"reference", "options"},
     "triton": {"options"},
     "arrays": {"options"},
-    "numpy": {"_core", "arrays", "options"},
+    "numpy": {"_core", "arrays", "options", "array_methods!"},
+    "array_methods": {"arrays", "numpy", "options"},
     "methods": {"", "checks", "options", "reference!"},
     "calibrate": {"options"},
     "selection": {"page!"},
@@ -45,6 +46,7 @@ LOADS = {
     "reference": {"torch"},
     "arrays": {"numpy"},
     "numpy": {"numpy"},
+    "array_methods": {"numpy"},
     "selection": {"numpy"},
     "page": {"numpy"},
 }

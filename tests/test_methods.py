@@ -74,8 +74,9 @@ def test_a_token_with_a_nan_goes_last(name):
     tokens, relevance = example()
     tokens[:, 7, 3] = math.nan
     options = {"gsp_drop": 0.0} if name == "script" else {}
-    kept = methods.select(tokens, relevance, N - 1, method=name, **options)
-    assert (kept != 7).all()
+    for knobs in ({}, {"mix": 0.5}) if name in ("cdpruner", "script") else ({},):
+        kept = methods.select(tokens, relevance, N - 1, method=name, **options, **knobs)
+        assert (kept != 7).all()
 
 
 @pytest.mark.parametrize("name", sorted(set(methods.METHODS) - methods.NEEDS_RELEVANCE))

@@ -209,3 +209,13 @@ def test_what_a_question_leaves_open_is_settled_as_in_transformers() -> None:
 )
 def test_an_engine_that_is_too_old(version: str, old: bool) -> None:
     assert too_old(version) == old
+
+
+def test_a_checkered_split_is_checked_against_each_image():
+    chosen = Settings(keep=9, options={"split": "checker", "grid_width": 6})
+    assert chosen.placeholders(36) == 9
+    with pytest.raises(ValueError, match="script_grid_width: expected a divisor of N = 40"):
+        chosen.placeholders(40)
+    for options in ({"split": "checker"}, {"split": "checker", "grid_width": 0}, {"grid_width": 6}):
+        with pytest.raises(ValueError, match="script_grid_width: expected"):
+            Settings(keep=9, options=options)

@@ -1,10 +1,10 @@
-"""`python -m bench.judge train | evaluate | report`."""
+"""`python -m bench.judge train | evaluate | report | loss`."""
 
 import sys
 
-from . import evaluate, report, train
+from . import evaluate, loss, report, train
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "report": report.main}
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "report": report.main, "loss": loss.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -3,6 +3,9 @@
     python -m bench.judge evaluate --seed 0 --split val
     python -m bench.judge evaluate --seed 0 --split test
 
+The splits "second" and "third" (the validation split again) and "test2" (other scenes of the test's pictures) are the
+second round's: see second.py.
+
 Per setting, keep and question: whether the answer is right, whether it is the unpruned one, the Kullback-Leibler
 divergence of the first answer's distribution from the unpruned one, and the share of the evidence that was kept. All of
 it goes to results/seed<n>-<split>.npz, from which `python -m bench.judge report` makes the table and the plot.
@@ -31,8 +34,9 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
-GENERATORS = {"val": 2_000_003, "test": 3_000_017}
-IMAGES = {"val": 120, "test": 120}
+GENERATORS = {"val": 2_000_003, "second": 2_000_003, "third": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
+IMAGES = 120
+BANKS = {"second": "val", "third": "val", "test2": "test"}  # where the pictures are from that scenes are composed of
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -161,12 +165,12 @@ class Exam:
     def kept(self, setting: Setting, keep: int) -> Tensor:
         """(questions, keep) token indices."""
         if setting.source == "":
-            return methods.select(self.tokens, None, keep, method=setting.method, **setting.options)[self.image]
+            return methods.select(self.tokens, None, keep, method=rule_of(setting), **setting.options)[self.image]
         parts = []
         for at in torch.arange(len(self)).split(64):
             relevance = self.relevance(setting, at)
             tokens = self.tokens[self.image[at]]
-            parts.append(methods.select(tokens, relevance, keep, method=setting.method, **setting.options))
+            parts.append(methods.select(tokens, relevance, keep, method=rule_of(setting), **setting.options))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -204,6 +208,12 @@ class Exam:
         return ((said == (self.answers if like is None else like)) | (self.answers == 0)).all(1)
 
 
+def rule_of(setting: Setting) -> str | methods.Method:
+    from .second import rule_of
+
+    return rule_of(setting)
+
+
 def auc(score: Tensor, evidence: Tensor) -> float:
     """Mean over questions of the area under the curve of a relevance against the evidence."""
     found = []
@@ -216,8 +226,8 @@ def auc(score: Tensor, evidence: Tensor) -> float:
 
 
 def exam(seed: int, split: str, images: int | None = None) -> Exam:
-    composer, rng = Composer(split), np.random.default_rng(GENERATORS[split])
-    return Exam.of(load(seed), [composer.scene(rng) for _ in range(images or IMAGES[split])])
+    composer, rng = Composer(BANKS.get(split, split)), np.random.default_rng(GENERATORS[split])
+    return Exam.of(load(seed), [composer.scene(rng) for _ in range(images or IMAGES)])
 
 
 def calibrated(seed: int, keep: int = 64) -> Setting:
@@ -304,6 +314,11 @@ def main(argv: list[str] | None = None) -> None:
         from .report import reported
 
         chosen, keeps = [*reported(), calibrated(given.seed)], KEEPS
+    elif given.split in BANKS:
+        from .second import opened, second, third
+
+        chosen = {"second": second, "third": third, "test2": opened}[given.split]()
+        keeps = (*CHOOSE, 32) if given.split == "test2" else CHOOSE
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
     if given.split == "test":
         found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)

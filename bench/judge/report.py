@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .evaluate import CHOOSE, KEEPS, RESULTS, TOKENS, Setting, settings
+from .evaluate import CHOOSE, RESULTS, TOKENS, Setting, settings
 
 PLOT = pathlib.Path(__file__).parents[2] / "docs" / "judge.png"
 FAMILIES = ("cdpruner", "script", "resprune", "mmr", "relevance")
@@ -60,8 +60,9 @@ def difference(a: Any, b: Any, image: Any, level: float = 0.95) -> tuple[float, 
     return float(mean), float(NormalDist().inv_cdf(0.5 + level / 2) * error)
 
 
-def table(runs: dict[int, Any], keeps: tuple[int, ...] = KEEPS) -> str:
+def table(runs: dict[int, Any]) -> str:
     """Markdown: accuracy by keep, seed by seed, and at 11 % how far from the best query-free rule."""
+    keeps = next(iter(runs.values()))["keeps"].tolist()
     lines = [
         "| setting | "
         + " | ".join(f"{100 * k / TOKENS:.1f} %" for k in keeps)
@@ -69,7 +70,7 @@ def table(runs: dict[int, Any], keeps: tuple[int, ...] = KEEPS) -> str:
     ]
     lines.append("|---" * (len(keeps) + 4) + "|")
     names = list(next(iter(runs.values()))["settings"])
-    at = list(keeps).index(64)
+    at = keeps.index(64)
     mean = np.mean([r["right"][:, at].mean(1) for r in runs.values()], axis=0)
     order = sorted(range(len(names)), key=lambda n: -mean[n])
     for n in order:
@@ -155,26 +156,30 @@ def plot(runs: dict[int, Any], path: pathlib.Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.judge report", description="Table and plot of the test split."
+        prog="python -m bench.judge report", description="Table of a test split, and the first one's plot."
     )
-    parser.parse_args(argv)
-    for s in chosen():
-        print("chosen:", s.name)
-    runs = read("test")
+    parser.add_argument("--split", choices=("test", "second", "test2", "third"), default="test")
+    split = parser.parse_args(argv).split
+    if split == "test":
+        for s in chosen():
+            print("chosen:", s.name)
+    runs = read(split)
     if not runs:
         return
     for seed, run in runs.items():
         unpruned, other = (100 * run[name].mean() for name in ("unpruned", "other_image"))
         print(f"seed {seed}: unpruned {unpruned:.1f}, other image {other:.1f}")
         print({k: round(float(v), 3) for k, v in run.items() if k.startswith("auc")})
-        print("calibrated:", run["calibrated"])
+        if "calibrated" in run:
+            print("calibrated:", run["calibrated"])
     text = table(runs) + "\n\n" + "\n\n".join(comparisons(runs, "dpp", keep) for keep in CHOOSE)
     beaten = unbeaten(runs)
     print("never beaten:", ", ".join(name for name, by in beaten.items() if not by))
     for name, by in beaten.items():
         print(name, "beaten:", len(by), *by[:1])
-    (RESULTS / "test.md").write_text(text + "\n")
-    plot(runs, PLOT)
+    (RESULTS / f"{split}.md").write_text(text + "\n")
+    if split == "test":
+        plot(runs, PLOT)
     print(text)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, query_relevance
-from ..options import check_finite, check_int
+from ..options import check_split
 
 
 def check(tokens: Tensor, relevance: Tensor | None, keep: int) -> None:
@@ -14,20 +14,18 @@ def check(tokens: Tensor, relevance: Tensor | None, keep: int) -> None:
     checks.max_min(tokens, relevance, keep)
 
 
-def number(value: float, argument: str, low: float = -math.inf, high: float = math.inf) -> float:
-    """The value as a float, once it is known to be finite and within the bounds."""
-    check_finite(value, argument)
-    if not low <= value <= high:
-        raise ValueError(f"{argument}: expected {low:g} <= {argument} <= {high:g}, got {value}")
-    return float(value)
+def split_order(tokens: Tensor, split: str, grid_width: int | None) -> Tensor | None:
+    """(N,) int64: the tokens in an order whose even places are GSP's first sources; None: as they come.
 
-
-def count(value: int, argument: str, low: int) -> int:
-    """The value, once it is known to be an int that is not too small."""
-    check_int(value, argument)
-    if value < low:
-        raise ValueError(f"{argument}: expected {argument} >= {low}, got {value}")
-    return value
+    In raster order of an even width the sources are the even columns. With the pairs of every odd row swapped they are
+    the squares of one colour of a checkerboard; of an odd width they are already.
+    """
+    n = tokens.shape[1]
+    check_split(n, split, grid_width)
+    if grid_width is None or grid_width % 2:
+        return None
+    place = torch.arange(n, device=tokens.device)
+    return place ^ (place // grid_width % 2)  # swaps 2 i and 2 i + 1, which an even width has in one row
 
 
 def ones(tokens: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from .. import max_min
 from .. import mmr as marginal_relevance
-from ._common import check, number, ones
+from ..options import number
+from ._common import check, ones
 
 
 def divprune(tokens: Tensor, relevance: Tensor | None, keep: int) -> Tensor:

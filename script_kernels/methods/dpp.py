@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import gsp, mask_intersect, qcsp
-from ..options import COMBINE, PruneOptions, rounds_needed, union_share
-from ._common import check, finite, number, ones, unit
-
-FEWEST = 16  # GSP stops at one token in so many, which takes it some 15 rounds; one in 500 would take 200
+from ..options import COMBINE, PruneOptions, number, rounds_needed, survivors_of, union_share
+from ._common import check, finite, ones, split_order, unit
 
 
 class Weighted(NamedTuple):
@@ -48,6 +46,7 @@ def weighted(
     r = r**power
     x = unit(tokens)
     rows = torch.cat([math.sqrt(1 - mix) * x, math.sqrt(mix) * r[..., None] * x], -1)
+    rows = rows.masked_fill(~finite(tokens)[..., None], math.nan)  # such tokens go last, as they would as they came
     return Weighted(rows, torch.sqrt((1 - mix) + mix * r * r), 1.0)
 
 
@@ -78,11 +77,45 @@ def script_stages(
     ridge: float = 0.0,
     combine: str = "intersect",
     survivors: float | None = None,
+    split: str = "raster",
+    grid_width: int | None = None,
     done: Callable[[str], None] = lambda stage: None,
     **options: Any,
 ) -> Stages:
     """`script` with what its stages found; `done` is called with each one's name as soon as it is queued."""
     check(tokens, relevance, keep)
+    where = split_order(tokens, split, grid_width)
+    how: dict[str, Any] = {"power": power, "mix": mix, "floor": floor, "negate": negate, "ridge": ridge}
+    how |= {"combine": combine, "survivors": survivors, "done": done, **options}
+    if where is None:
+        return _stages(tokens, relevance, keep, **how)
+    found = _stages(tokens[:, where], None if relevance is None else relevance[:, where], keep, **how)
+    back = where.argsort()
+    return Stages(
+        found.mask[:, back],
+        found.redundancy[:, back],
+        where[found.order],
+        found.gains,
+        where[found.kept].sort(1).values,
+    )
+
+
+def _stages(
+    tokens: Tensor,
+    relevance: Tensor | None,
+    keep: int,
+    *,
+    power: float,
+    mix: float,
+    floor: float,
+    negate: bool,
+    ridge: float,
+    combine: str,
+    survivors: float | None,
+    done: Callable[[str], None],
+    **options: Any,
+) -> Stages:
+    """The stages on tokens that alternate between sources and destinations as they come."""
     if combine not in COMBINE:
         raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
     if "reduce" in options:
@@ -109,7 +142,7 @@ def script_stages(
         given.check_drop(N, keep)
         left, rounds = given.gsp_keep(N), given.rounds
     else:
-        left = min(N, max(math.ceil(number(survivors, "survivors", 1.0) * keep), -(-N // FEWEST)))
+        left = survivors_of(N, keep, survivors)
         rounds = max(given.rounds, rounds_needed(N, left))
     mask, redundancy = gsp(tokens, left, rounds=rounds, **graph)
     done("gsp")
@@ -143,6 +176,8 @@ def script(
     ridge: float = 0.0,
     combine: str = "intersect",
     survivors: float | None = None,
+    split: str = "raster",
+    grid_width: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Script (arXiv 2512.01949): QCSP's ranking and GSP's survivors, joined by `combine`.
@@ -152,7 +187,10 @@ def script(
     down to that half, keeps; the other half, and what both would take, to QCSP's order.
 
     `survivors` stands in for `gsp_drop` and `rounds`, except in a union: GSP goes on, in as many rounds as it takes,
-    until that many times `keep` tokens are left, or one in `FEWEST`.
+    until that many times `keep` tokens are left, or one in 16.
+
+    `split`: "raster", or "checker" for a grid of `grid_width` columns, of which GSP's sources are then the squares of
+    one colour.
     """
     return script_stages(
         tokens,
@@ -165,6 +203,8 @@ def script(
         ridge=ridge,
         combine=combine,
         survivors=survivors,
+        split=split,
+        grid_width=grid_width,
         **options,
     ).kept
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .. import bipartite_match
 from .. import gsp as graph_pruning
-from ..options import GspOptions, rounds_needed
-from ._common import check, count, finite, ones, top, unit
+from ..options import GspOptions, count, rounds_needed
+from ._common import check, finite, ones, split_order, top, unit
 
 
 def relevance(tokens: Tensor, relevance: Tensor | None, keep: int, *, negate: bool = False) -> Tensor:
@@ -20,24 +20,49 @@ def relevance(tokens: Tensor, relevance: Tensor | None, keep: int, *, negate: bo
     return top(score.masked_fill(~good, -math.inf), keep)
 
 
-def gsp(tokens: Tensor, relevance: Tensor | None, keep: int, *, rounds: int | None = None, **options: Any) -> Tensor:
-    """Script's graph stage alone, in as many rounds as it takes to get down to `keep` (`rounds`: at least so many)."""
+def gsp(
+    tokens: Tensor,
+    relevance: Tensor | None,
+    keep: int,
+    *,
+    rounds: int | None = None,
+    split: str = "raster",
+    grid_width: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """Script's graph stage alone, in as many rounds as it takes to get down to `keep` (`rounds`: at least so many).
+
+    split: "raster", or "checker" for a grid of `grid_width` columns: see `_common.split_order`.
+    """
     check(tokens, relevance, keep)
+    order = split_order(tokens, split, grid_width)
     needed = rounds_needed(tokens.shape[1], keep)
     rounds = needed if rounds is None else max(needed, count(rounds, "rounds", 1))
     GspOptions(rounds=rounds, **options).check()
-    mask, _ = graph_pruning(tokens, keep, rounds=rounds, **options)
-    return mask.nonzero()[:, 1].view(-1, keep)
+    mask, _ = graph_pruning(tokens if order is None else tokens[:, order], keep, rounds=rounds, **options)
+    kept = mask.nonzero()[:, 1].view(-1, keep)
+    return kept if order is None else order[kept].sort(1).values
 
 
-def tome_drop(tokens: Tensor, relevance: Tensor | None, keep: int) -> Tensor:
+def tome_drop(
+    tokens: Tensor,
+    relevance: Tensor | None,
+    keep: int,
+    *,
+    split: str = "raster",
+    grid_width: int | None = None,
+) -> Tensor:
     """ToMe's bipartite rule (arXiv 2210.09461) with dropping in place of merging.
 
     In each round the tokens left alternate between sources and destinations, and the sources most similar to their best
-    destination go: as many as are too many, at most all sources. Between equals the lower index goes first.
+    destination go: as many as are too many, at most all sources. Between equals the earlier goes first.
+
+    split: "raster", or "checker" for a grid of `grid_width` columns: see `_common.split_order`.
     """
     check(tokens, relevance, keep)
-    left = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+    order = split_order(tokens, split, grid_width)
+    left = torch.arange(tokens.shape[1], device=tokens.device) if order is None else order
+    left = left.expand(tokens.shape[0], -1)
     while left.shape[1] > keep:
         rows = tokens.gather(1, left[..., None].expand(-1, -1, tokens.shape[2]))
         best = bipartite_match(rows)[0]
@@ -46,7 +71,7 @@ def tome_drop(tokens: Tensor, relevance: Tensor | None, keep: int) -> Tensor:
         gone = 2 * best.argsort(dim=1, descending=True, stable=True)[:, :drop]
         stay = torch.ones_like(left, dtype=torch.bool).scatter(1, gone, False)
         left = left[stay].view(left.shape[0], -1)
-    return left.contiguous()
+    return left.sort(1).values
 
 
 def dart(tokens: Tensor, relevance: Tensor | None, keep: int, *, pivots: int = 8) -> Tensor:

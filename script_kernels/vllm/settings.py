@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache
 from typing import Any
 
-from ..options import PruneOptions
+from ..options import PruneOptions, check_split, count
 
 PREFIX = "script_"
 BUDGET = ("keep", "keep_ratio")
@@ -71,6 +71,9 @@ class Rule:
 
             from .. import methods
 
+            if options.get("grid_width") is not None:  # whether it fits an image is known when there is one
+                check_split(count(options["grid_width"], "grid_width", 1), options["split"], options["grid_width"])
+                options["grid_width"] = 1
             # The method's own checks, on an image of one token.
             methods.select(torch.ones(1, 1, 1), torch.ones(1, 1), 1, method=self.method, **options)
         except (TypeError, ValueError) as error:
@@ -78,9 +81,14 @@ class Rule:
 
     def check_image(self, tokens: int, keep: int) -> None:
         """Raises ValueError where the rule cannot get from so many tokens to `keep`."""
+        options = dict(self.options)
+        if options.get("split") == "checker":
+            try:
+                check_split(tokens, options["split"], options["grid_width"])
+            except ValueError as error:
+                raise ValueError(f"{PREFIX}{error}") from None
         if self.method != "script":
             return
-        options = dict(self.options)
         given = {name: value for name, value in options.items() if name in OPTIONS}
         # These two take as many rounds as they need, and leave enough.
         if given["combine"] == "union" or options.get("survivors") is not None:

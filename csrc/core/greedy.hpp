@@ -129,7 +129,8 @@ class Panels {
         late_[late++] = static_cast<int32_t>(p);
       }
       if (due == 0) {
-        fall_ = first_worst > 0.0f ? worst / first_worst : 1.0f;
+        // The first pivot takes residuals down from where they start, which says nothing of the next.
+        fall_ = pivots_ > 1 && first_worst > 0.0f ? worst / first_worst : 1.0f;
         std::sort_heap(heap, heap + size);
         return size;
       }

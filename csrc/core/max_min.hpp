@@ -31,12 +31,12 @@ inline void max_min(const TokenView& tokens, const Relevance& relevance, int64_t
     scale = power_of_two_scale(largest);
     for (int64_t i = 0; i < n; ++i) weight[i] *= scale;
   }
-  const PlacedTokens placed(image, {scratch.take<float>(n, 1.0f), weight, weight, tier}, scratch);
-  const float* slope = placed.at_positions(weight, scratch);
-  Nearest factor(slope, slope, placed, scratch);
-  const Farthest first = farthest(placed, factor, parallel);
-  greedy_map(placed.source(), after_first(placed, first.position, scratch), factor, k, picks, parallel);
-  if (first.position >= 0 && k > 0) picks.gains[0] = first.residual;
+  Farthest start;
+  nearest_picks(image, {weight, weight, tier}, k, picks, [&](const PlacedTokens& placed, const Nearest& factor) {
+    start = farthest(placed, factor, parallel);
+    return start.position;
+  });
+  if (start.position >= 0 && k > 0) picks.gains[0] = start.residual;
   for (int64_t t = 0; t < k && scale != 1.0f; ++t)
     picks.gains[t] = saturate(static_cast<double>(picks.gains[t]) / scale);
 }

@@ -321,7 +321,7 @@ int64_t greedy_map(const Source& source, const GreedyProblem& problem, Factor& f
     for (int64_t p = 0; p < problem.positions; ++p) {
       if (problem.tier[p] == tier) largest = std::max(largest, problem.diagonal[p]);
     }
-    const float exhausted_at = Factor::kRankTolerance * largest;
+    const float exhausted_at = Factor::exhausted_at(largest);
     bool exhausted = false;
     while (picked < k && !exhausted) {
       int32_t taken[kPanel];

@@ -13,7 +13,8 @@
 namespace script::cpu {
 
 struct Nearest {
-  static constexpr float kRankTolerance = -1.0f;  // a choice down to the last token: there is no rank to exhaust
+  // A choice down to the last token, also of residual 0: there is no rank to exhaust.
+  static float exhausted_at(float) { return -1.0f; }
   // Where residuals start from: larger than any, so that the first pick sets all.
   static constexpr float kUnset = std::numeric_limits<float>::max();
 

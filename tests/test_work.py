@@ -61,7 +61,7 @@ def test_no_more_than_the_arithmetic(
 
 @pytest.mark.parametrize("kind", ["spread", "near", "alike", "apart", "pairs"])
 @pytest.mark.parametrize(("n", "width", "k"), [(600, 32, 60), (2880, 128, 320)])
-def test_rankings_by_the_nearest_pick_take_no_more(program: pathlib.Path, n: int, width: int, k: int, kind: str) -> None:
+def test_no_more_for_the_nearest_pick(program: pathlib.Path, n: int, width: int, k: int, kind: str) -> None:
     """max_min's first pick needs the nearest neighbour of many tokens: a triangle of S at most."""
     work = testing.nearest_work(1, n, width, k, 4)
     multiply_adds, columns = count(program, "mmr", n, width, k, 1, kind)

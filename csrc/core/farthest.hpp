@@ -150,8 +150,7 @@ class FarthestSearch {
     int64_t most = problem_.positions * problem_.positions / 4;
     Block block;
     do {
-      step(block);
-      most -= kPanel * (kPanel + kRows);
+      most -= kPanel * step(block);
     } while (block.size > 0 && most > 0);
   }
 
@@ -163,8 +162,9 @@ class FarthestSearch {
     if (known < best_) best_ = known;
   }
 
-  // Some rows of the ring pass by the block, after live tokens have taken its free columns.
-  void step(Block& block) {
+  // Some rows of the ring pass by the block, after live tokens have taken its free columns. Returns how many rows met
+  // it.
+  int64_t step(Block& block) {
     leave(block);
     const int before = block.size;
     if (kPanel - before >= kRefill) {
@@ -175,7 +175,7 @@ class FarthestSearch {
       }
       for (int c = before; c < block.size; ++c) block.to_meet[c] = live_.size();
     }
-    if (block.size == 0) return;
+    if (block.size == 0) return 0;
     Scratch scratch;
     const TokenSource::Pool pool(source_, block.position, block.size, scratch);
     meet(pool, block, block.position + before, block.size - before, before);
@@ -192,6 +192,7 @@ class FarthestSearch {
     pass(block, wanted);
     meet(pool, block, rows, count, -1);
     for (int64_t i = 0; i < count; ++i) live_.push(rows[i]);
+    return block.size - before + count;
   }
 
   static void pass(Block& block, int64_t count) {

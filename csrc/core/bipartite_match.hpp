@@ -28,7 +28,7 @@ struct TileUse {
 
 namespace detail {
 
-inline constexpr int kMatchBlock = 48;  // sources that share one reading of the destinations
+inline constexpr int kMatchBlock = kMostRows;  // sources that share one reading of the destinations
 
 // A block of sources in a row: their rows, and their raw products with one destination panel after the other.
 class SourceBlock {

@@ -71,7 +71,7 @@ struct Cholesky {
         earlier_[c] = columns + c * done;
         factor.read_column(positions[c], done, columns + c * done);
       }
-      simd().pack(earlier_, count, done, earlier_panel_);
+      simd().transpose(earlier_, count, done, earlier_panel_);
     }
 
     // Takes what the pivots before explain off the kernel rows of m members.

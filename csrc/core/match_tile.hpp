@@ -53,7 +53,7 @@ class MatchTile {
         for (int64_t p = 0; p < columns_ / kPanel; ++p) {
           const float* rows[kPanel];
           for (int r = 0; r < count; ++r) rows[r] = entry(q * kPanel + r, p);
-          simd().pack(rows, count, kPanel, by_source_ + (q * columns_ + p * kPanel) * kPanel);
+          simd().transpose(rows, count, kPanel, by_source_ + (q * columns_ + p * kPanel) * kPanel);
         }
       }
     });

@@ -12,6 +12,7 @@ inline int64_t pad_to_panel(int64_t n) { return ceil_div(n, kPanel) * kPanel; }
 inline int groups_of(int columns) { return (columns + kGroup - 1) / kGroup; }
 
 inline constexpr int32_t kHole = -1;  // a position without a token
+inline constexpr int kMostRows = 96;  // of one product with a panel
 
 // Rows and panels of one image, in the order of `ids` (position -> token). `positions` is a multiple of kPanel; holes
 // fill a panel up behind its tokens. bf16 tokens stay bf16 where the CPU multiplies them; everything else is fp32. Only
@@ -92,10 +93,11 @@ class PackedTokens {
   // A panel of up to kPanel rows, as given by rows().
   void pack_rows(const float* const* rows, int count, float* panel) const { simd().pack(rows, count, depth_, panel); }
 
-  // out[r][c] = x_r . x_c, raw, for rows as given by rows() and the first 16 * groups columns of a packed panel.
+  // out[r][c] = x_r . x_c, raw, for up to kMostRows rows as given by rows() and the first 16 * groups columns of a
+  // packed panel.
   void multiply(const float* const* rows, int count, const float* panel, int groups, float* out) const {
     if (bf16_) {
-      const uint16_t* pointers[kPanel];
+      const uint16_t* pointers[kMostRows];
       for (int r = 0; r < count; ++r) pointers[r] = reinterpret_cast<const uint16_t*>(rows[r]);
       simd().gemm_bf16(pointers, count, reinterpret_cast<const uint16_t*>(panel), groups, depth_ * 2, out);
     } else {

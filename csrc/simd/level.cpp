@@ -45,6 +45,7 @@ constexpr SimdOps make_ops() {
   ops.scale_row = scale_row;
   ops.pack = pack;
   ops.pack_squares = pack_squares;
+  ops.transpose = transpose_rows;
   ops.gemm = gemm;
 #if defined(SCRIPT_SIMD_BF16)
   ops.gemm_bf16 = gemm_bf16;

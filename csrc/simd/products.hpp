@@ -40,9 +40,22 @@ struct FloatSquares {
   static Vec add(Vec sum, Vec x) { return multiply_add(sum, x, x); }  // as a register tile takes it
 };
 
+// Where a vector of the panel's columns stands, of step d. As a register tile reads it: chunk after chunk of the depth,
+// in a chunk strip after strip of columns, so that what a tile reads stands in one piece.
+struct Strips {
+  static int64_t at(int64_t d, int vector, int64_t depth) {
+    const int64_t start = d - d % kChunk, steps = depth - start < kChunk ? depth - start : kChunk;
+    return start * kPanel + vector / kVectors * steps * kStrip + (d - start) * kStrip + vector % kVectors * kFloats;
+  }
+};
+// Step after step.
+struct Steps {
+  static int64_t at(int64_t d, int vector, int64_t) { return d * kPanel + vector * kFloats; }
+};
+
 // Moves 32-bit words as they are: fp32 values, or pairs of bf16. Squares, if wanted, are summed on the way, in the
 // steps and chunks of a register tile.
-template <typename Squares>
+template <typename Layout, typename Squares>
 inline void pack_columns(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
   const int blocks = (count + kFloats - 1) / kFloats;
   const int64_t whole = depth - depth % kFloats;
@@ -60,8 +73,10 @@ inline void pack_columns(const float* const* rows, int count, int64_t depth, flo
           }
           transpose(v);
         }
+        float* out = panel + Layout::at(d, block, depth);
+        const int64_t step = Layout::at(d + 1, block, depth) - Layout::at(d, block, depth);  // in one chunk
         SCRIPT_UNROLL(16)
-        for (int r = 0; r < kFloats; ++r) store(panel + (d + r) * kPanel + block * kFloats, v[r]);
+        for (int r = 0; r < kFloats; ++r) store(out + r * step, v[r]);
         if constexpr (Squares::kWanted) {
           SCRIPT_UNROLL(16)
           for (int r = 0; r < kFloats; ++r) sum = Squares::add(sum, v[r]);
@@ -75,10 +90,14 @@ inline void pack_columns(const float* const* rows, int count, int64_t depth, flo
     }
   }
   for (int64_t d = whole; d < depth; ++d) {
-    for (int c = 0; c < kPanel; ++c) panel[d * kPanel + c] = 0;
-    for (int c = 0; c < count; ++c) __builtin_memcpy(panel + d * kPanel + c, rows[c] + d, 4);
-    for (int v = 0; v < kPanelVectors; ++v)
-      chunk[v] = Squares::add(chunk[v], load<Vec>(panel + d * kPanel + v * kFloats));
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* out = panel + Layout::at(d, v, depth);
+      store(out, Vec{});
+      for (int c = v * kFloats; c < count && c < (v + 1) * kFloats; ++c) {
+        __builtin_memcpy(out + c - v * kFloats, rows[c] + d, 4);
+      }
+      chunk[v] = Squares::add(chunk[v], load<Vec>(out));
+    }
   }
   if constexpr (Squares::kWanted) {
     for (int v = 0; v < kPanelVectors; ++v) store(square + v * kFloats, total[v] + chunk[v]);
@@ -86,11 +105,15 @@ inline void pack_columns(const float* const* rows, int count, int64_t depth, flo
 }
 
 void pack(const float* const* rows, int count, int64_t depth, float* panel) {
-  pack_columns<NoSquares>(rows, count, depth, panel, nullptr);
+  pack_columns<Strips, NoSquares>(rows, count, depth, panel, nullptr);
+}
+
+void transpose_rows(const float* const* rows, int count, int64_t depth, float* out) {
+  pack_columns<Steps, NoSquares>(rows, count, depth, out, nullptr);
 }
 
 void pack_squares(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
-  pack_columns<FloatSquares>(rows, count, depth, panel, square);
+  pack_columns<Strips, FloatSquares>(rows, count, depth, panel, square);
 }
 
 #if defined(SCRIPT_SIMD_BF16)
@@ -109,7 +132,7 @@ struct Bf16Squares {
 };
 
 void pack_squares_bf16(const float* const* rows, int count, int64_t depth, float* panel, float* square) {
-  pack_columns<Bf16Squares>(rows, count, depth, panel, square);
+  pack_columns<Strips, Bf16Squares>(rows, count, depth, panel, square);
 }
 
 #endif
@@ -129,21 +152,21 @@ template <int M, int V>
   }
 }
 
-// A register tile of M rows x V vectors over `depth` steps, written to c or added to it. Meanwhile as many lines from
-// `next` on, if it is not null, are fetched into L2.
+// A register tile of M rows x V vectors of a strip over `depth` steps, written to c or added to it. Meanwhile as many
+// lines from `next` on, if it is not null, are fetched into L2.
 template <int M, int V>
 struct FloatTile {
-  static void run(const float* const* a, int64_t start, const float* panel, int64_t depth, bool add, const char* next,
+  static void run(const float* const* a, int64_t start, const float* strip, int64_t depth, bool add, const char* next,
                   float* c) {
     Vec sum[M][V] = {};
     const float* rows[M];
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
     for (int64_t d = 0; d < depth; ++d) {
-      if (kNarrow && next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
+      if (next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
       Vec b[V];
       SCRIPT_UNROLL(4)
-      for (int v = 0; v < V; ++v) b[v] = load<Vec>(panel + d * kPanel + v * kFloats);
+      for (int v = 0; v < V; ++v) b[v] = load<Vec>(strip + d * kStrip + v * kFloats);
       SCRIPT_UNROLL(8)
       for (int r = 0; r < M; ++r) {
         const Vec x = splat(rows[r][d]);
@@ -155,22 +178,25 @@ struct FloatTile {
   }
 };
 
-// Walks the chunks of the depth and, inside one, the register tiles: the panel's chunk is read from L1 by all rows.
+// Walks the chunks of the depth and, inside one, the register tiles: the panel's chunk stays near while all rows read
+// it. The first tiles fetch the next chunk, a line a step: panels of large images come from memory, and the hardware
+// does not see far enough ahead.
 template <template <int, int> class Tile, int kWord, typename Element>
 inline void multiply(const Element* const* a, int rows, const Element* panel, int groups, int64_t depth, float* c) {
   for (int64_t start = 0; start < depth; start += kChunk) {
     const int64_t steps = depth - start < kChunk ? depth - start : kChunk;
     const Element* chunk = panel + start * kPanel * kWord;
     const char* next = reinterpret_cast<const char*>(chunk + steps * kPanel * kWord);
+    int64_t fetched = 0;  // lines of the next chunk
     for (int r = 0, m = 0; r < rows; r += m) {
       m = tile_rows(rows - r);
       for (int v = 0; v < groups * kGroupVectors; v += kVectors) {
-        const int vectors = groups * kGroupVectors - v;
-        const int64_t lines = v / kVectors * steps;  // of the next chunk, which the tiles before fetch
-        const bool fetch = kNarrow && r == 0 && lines * kLine < steps * kPanel * 4;
+        const int vectors = groups * kGroupVectors - v, strip = v / kVectors;
+        const bool fetch = fetched * kLine < steps * kPanel * 4;
         dispatch_tile<Tile>(m, vectors < kVectors ? vectors : kVectors, a + r, start * kWord,
-                            chunk + v * kFloats * kWord, steps, start > 0, fetch ? next + lines * kLine : nullptr,
-                            c + r * kPanel + v * kFloats);
+                            chunk + strip * steps * kStrip * kWord, steps, start > 0,
+                            fetch ? next + fetched * kLine : nullptr, c + r * kPanel + v * kFloats);
+        fetched += steps;
       }
     }
   }
@@ -185,17 +211,17 @@ void gemm(const float* const* a, int rows, const float* panel, int groups, int64
 // One step is a pair of bf16 values; rows and panels are even and zero padded.
 template <int M, int V>
 struct Bf16Tile {
-  static void run(const uint16_t* const* a, int64_t start, const uint16_t* panel, int64_t depth, bool add,
+  static void run(const uint16_t* const* a, int64_t start, const uint16_t* strip, int64_t depth, bool add,
                   const char* next, float* c) {
     Vec sum[M][V] = {};
     const uint16_t* rows[M];
     SCRIPT_UNROLL(8)
     for (int r = 0; r < M; ++r) rows[r] = a[r] + start;
     for (int64_t d = 0; d < depth; ++d) {
-      if (kNarrow && next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
+      if (next != nullptr) __builtin_prefetch(next + d * kLine, 0, 2);
       Int b[V];
       SCRIPT_UNROLL(4)
-      for (int v = 0; v < V; ++v) b[v] = load<Int>(panel + (d * kPanel + v * kFloats) * 2);
+      for (int v = 0; v < V; ++v) b[v] = load<Int>(strip + (d * kStrip + v * kFloats) * 2);
       SCRIPT_UNROLL(8)
       for (int r = 0; r < M; ++r) {
         const Int x = Int{} + load<int32_t>(rows[r] + 2 * d);

@@ -57,7 +57,9 @@ struct SimdOps {
   RowStats (*row_stats)(const float* x, const float* y, int64_t n);  // y may be null
   void (*scale_row)(const float* x, float scale, int64_t n, float* out);
 
-  // panel[d][c] = rows[c][d] for c < count, zero for count <= c < kPanel.
+  // out[d][c] = rows[c][d] for c < count, zero for count <= c < kPanel.
+  void (*transpose)(const float* const* rows, int count, int64_t depth, float* out);
+  // The same as gemm reads it: panel[d][c] in an order that is the level's own.
   void (*pack)(const float* const* rows, int count, int64_t depth, float* panel);
   // The same, and square[c] = the product of column c with itself, bit for bit as gemm takes it; or as gemm_bf16 does,
   // for rows of pairs.
@@ -66,8 +68,8 @@ struct SimdOps {
   // c[r][0..16*groups) = sum_d a[r][d] * panel[d][.]: chunks of 128 steps, summed in order. c is [rows][kPanel].
   void (*gemm)(const float* const* a, int rows, const float* panel, int groups, int64_t depth, float* c);
 
-  // The same on bf16 rows of even length and panels of pairs, [depth/2][kPanel][2], with fp32 sums: `pack` on pairs as
-  // 32-bit words makes them. Null where the CPU has no bf16 dot product.
+  // The same on bf16 rows of even length and panels of pairs, with fp32 sums: `pack` on pairs as 32-bit words makes
+  // them. Null where the CPU has no bf16 dot product.
   void (*gemm_bf16)(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c);
 
   // Kernel entries of one pivot with the columns c < count, a multiple of kGroup, from the raw products; 0 up to

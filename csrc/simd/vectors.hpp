@@ -31,6 +31,7 @@ constexpr int kRows = SCRIPT_SIMD_ROWS;
 constexpr int kVectors = SCRIPT_SIMD_VECTORS;
 constexpr int kGroupVectors = kGroup / kFloats;
 constexpr int kPanelVectors = kPanel / kFloats;
+constexpr int kStrip = kVectors * kFloats;  // columns of a register tile
 // Steps summed in registers before they join the total: short chains round less, and a panel's chunk stays in L1.
 constexpr int64_t kChunk = 128;
 
@@ -129,8 +130,7 @@ inline Int lowest_lane(Int v) {
   return fold_lanes<kFloats / 2>(v, [](Int a, Int b) { return a < b ? a : b; });
 }
 
-// Whether a register tile is narrower than a panel. What it reads then stands apart, and the hardware does not foresee
-// it: a panel that comes from memory is fetched by hand.
+// Whether a register tile is narrower than a panel, and goes over it in several strips.
 constexpr bool kNarrow = kVectors < kPanelVectors;
 constexpr int64_t kLine = 64;  // bytes
 

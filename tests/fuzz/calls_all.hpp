@@ -38,20 +38,34 @@ struct QueryInput {
   }
   cpu::QueryBatch batch() const { return {vectors.batch, masked ? mask.batch : cpu::ValueBatch<cpu::Truth>{}}; }
 
-  // The mean cosine of each token with the query vectors that count.
-  std::vector<double> scores(const Units& tokens, int64_t b, bool negate) const {
+  // The mean or the largest cosine of each token with the query vectors that count; 0 where none does.
+  std::vector<double> scores(const Units& tokens, int64_t b, bool negate, cpu::Reduce reduce) const {
     const Units query(vectors, b);
-    std::vector<double> out(tokens.rows.size());
+    std::vector<double> sum(tokens.rows.size()), top(tokens.rows.size(), -2.0);
     double used = 0.0;
     for (int64_t q = 0; q < query.count(); ++q) {
       if (masked && mask.at(b, q) == 0) continue;
       ++used;
-      for (size_t i = 0; i < out.size(); ++i) out[i] += dot(tokens.rows[i], query.rows[static_cast<size_t>(q)]);
+      for (size_t i = 0; i < sum.size(); ++i) {
+        const double cosine = dot(tokens.rows[i], query.rows[static_cast<size_t>(q)]);
+        sum[i] += cosine;
+        top[i] = std::max(top[i], cosine);
+      }
     }
-    for (double& score : out) score *= (negate ? -1.0 : 1.0) / std::max(used, 1.0);
+    std::vector<double>& out = reduce == cpu::Reduce::kMax && used > 0.0 ? top : sum;
+    const double share = reduce == cpu::Reduce::kMax ? 1.0 : std::max(used, 1.0);
+    for (double& score : out) score *= (negate ? -1.0 : 1.0) / share;
     return out;
   }
 };
+
+inline cpu::Reduce reduce_from(Bytes& in) { return in.one_in(2) ? cpu::Reduce::kMax : cpu::Reduce::kMean; }
+
+// A power of a relevance, mostly 1.
+inline double power_from(Bytes& in) {
+  constexpr double kPowers[] = {1.0, 1.0, 1.0, 0.0, 0.5, 2.0, 7.3, 64.0};
+  return kPowers[in.below(8)];
+}
 
 // The parameters of GSP.
 struct Graph {

@@ -1,4 +1,6 @@
 // dpp_map, qcsp, prune, prune_varlen, max_min and mmr.
+#include <set>
+
 #include "calls_all.hpp"
 #include "core/dpp_map.hpp"
 #include "core/max_min.hpp"
@@ -89,11 +91,13 @@ class Qcsp : public Call {
     relevance_ = values<float>(in, shape_.images, shape_.count, [&](int64_t b, int64_t i) {
       return static_cast<float>(element(bits.data(), cpu::DType::kFloat32, b * shape_.count + i));
     });
+    constexpr double kRidges[] = {0.0, 0.0, 0.0, 1.0, 1e-4, 1e-30, 1e30, 1e300};
+    options_ = {power_from(in), !in.one_in(4), kRidges[in.below(8)]};
     output(indices_, shape_.images * k_);
     output(gains_, shape_.images * k_);
   }
   void run(const cpu::Threads& threads) override {
-    cpu::qcsp(tokens_.batch, relevance_.batch, k_, {indices_.data(), gains_.data()}, threads);
+    cpu::qcsp(tokens_.batch, relevance_.batch, k_, {indices_.data(), gains_.data()}, threads, options_);
   }
   void check() const override {
     for (int64_t b = 0; b < shape_.images; ++b) {
@@ -104,31 +108,45 @@ class Qcsp : public Call {
       std::vector<double> r;
       std::vector<bool> bad;
       std::vector<int> tier;
-      double largest = 0.0;
       for (int64_t i = 0; i < shape_.count; ++i) {
         const double value = relevance_.at(b, i);
         bad.push_back(units.bad[static_cast<size_t>(i)] || !std::isfinite(value));
         r.push_back(bad.back() ? 0.0 : value);
         tier.push_back(bad.back() ? 2 : 0);
-        if (!units.zero(i)) largest = std::max(largest, r.back() * r.back());
       }
-      // Where squares of relevance are denormal or less, a gain may be 0 before the rank is reached.
-      if (largest == 0.0 || largest > 1e-30) require_fallback(r, bad, picks, gains, k_, b);
-      if (small(shape_.count, k_, shape_.width)) certify(kernel_of(units, r), tier, picks, gains, k_, b);
+      // Weights by logarithms, in units of the largest: a power of a large one is more than a double holds.
+      std::vector<double> weight(r.size(), -INFINITY);
+      double largest = std::log2(options_.ridge) / 2.0;
+      for (size_t i = 0; i < r.size(); ++i) {
+        if (bad[i] || units.norms[i] == 0.0) continue;
+        weight[i] = options_.power == 0.0 ? 0.0 : options_.power * std::log2(std::fabs(r[i]));
+        if (!options_.normalize) weight[i] += std::log2(units.norms[i]);
+        largest = std::max(largest, weight[i]);
+      }
+      const int exponent = std::isfinite(largest) ? static_cast<int>(largest) : 0;
+      for (size_t i = 0; i < r.size(); ++i) {
+        weight[i] = std::exp2(weight[i] - exponent) * (options_.plain() && r[i] < 0.0 ? -1.0 : 1.0);
+      }
+      // Where entries are denormal or less, a gain may be 0 before the rank is reached.
+      if (!std::isfinite(largest) || exponent > -50) require_fallback(r, bad, picks, gains, k_, b);
+      if (!small(shape_.count, k_, shape_.width)) continue;
+      Kernel kernel = kernel_of(units, weight);
+      for (size_t i = 0; i < r.size(); ++i) kernel[i][i] += bad[i] ? 0.0 : std::ldexp(options_.ridge, -2 * exponent);
+      certify(kernel, tier, picks, gains, k_, b, 2 * exponent);
     }
   }
 
  private:
   Shape shape_;
   int64_t k_;
+  cpu::QcspOptions options_;
   Matrix tokens_;
   Values<float> relevance_;
   std::vector<int64_t> indices_;
   std::vector<float> gains_;
 };
 
-// ---- max_min and mmr
-// --------------------------------------------------------------------------------------------------
+// ---- max_min and mmr ------------------------------------------------------------------------------------------------
 
 // Both take what qcsp takes.
 class NearestPick : public Call {
@@ -231,6 +249,13 @@ cpu::PruneOptions prune_options(Bytes& in) {
   return options;
 }
 
+// What came later, and so behind all else: inputs recorded before keep their meaning.
+void later_options(Bytes& in, cpu::PruneOptions& options) {
+  if (in.one_in(4)) options.combine = cpu::Combine::kUnion;
+  options.power = power_from(in);
+  options.reduce = reduce_from(in);
+}
+
 // Whether the rounds get an image of n tokens to what the options drop, which the checks before the op demand.
 void make_reachable(cpu::PruneOptions& options, int64_t n) {
   if (cpu::rounds_suffice(n, cpu::gsp_keep(n, options.gsp_drop), options.gsp.rounds)) return;
@@ -257,15 +282,27 @@ std::vector<int64_t> by_stages(const cpu::PruneInput& input, int64_t keep, const
       const float least = static_cast<float>(options.floor), rise = static_cast<float>(1.0 - options.floor);
       for (float& r : relevance) r = least + rise * r;
     }
+    for (float& r : relevance) r = std::isnan(r) ? r : std::pow(r, static_cast<float>(options.power));
   }
+  const bool both = options.combine == cpu::Combine::kUnion;
   std::vector<uint8_t> survives(size, 1);
-  const int64_t survivors = cpu::gsp_keep(n, options.gsp_drop);
-  if (survivors < n) cpu::gsp(input.tokens, survivors, options.gsp, survives.data(), score.data(), cpu::serial);
-  const int64_t ranked = options.ranked(n, keep);
+  const int64_t survivors = both ? keep - keep / 2 : cpu::gsp_keep(n, options.gsp_drop);
+  cpu::GspOptions graph = options.gsp;
+  while (both && !cpu::rounds_suffice(n, survivors, graph.rounds)) ++graph.rounds;
+  if (survivors < n) cpu::gsp(input.tokens, survivors, graph, survives.data(), score.data(), cpu::serial);
+  const int64_t ranked = both ? keep : options.ranked(n, keep);
   std::vector<int64_t> picks(static_cast<size_t>(ranked)), kept(static_cast<size_t>(keep));
   std::vector<float> gains(static_cast<size_t>(ranked));
   if (options.combine != cpu::Combine::kRestrict) {
     cpu::qcsp(input.tokens, {relevance.data()}, ranked, {picks.data(), gains.data()}, cpu::serial);
+    if (both) {  // GSP's half, and the first of the ranking that are not in it
+      std::set<int64_t> set;
+      for (int64_t i = 0; i < n; ++i) {
+        if (survives[static_cast<size_t>(i)] != 0) set.insert(i);
+      }
+      for (auto pick = picks.begin(); static_cast<int64_t>(set.size()) < keep; ++pick) set.insert(*pick);
+      return {set.begin(), set.end()};
+    }
     cpu::mask_intersect(picks.data(), 1, ranked, survives.data(), 1, keep, kept.data());
     return kept;
   }
@@ -310,6 +347,7 @@ class Prune : public Call {
       query_ = std::make_unique<QueryInput>(in, shape_.dtype, shape_.images, space);
       batch_.query = query_->batch();
     }
+    later_options(in, options_);
     output(kept_, shape_.images * keep_);
   }
   void run(const cpu::Threads& threads) override { cpu::prune(batch_, keep_, options_, kept_.data(), threads); }
@@ -355,6 +393,7 @@ class PruneVarlen : public Call {
       query_ = std::make_unique<QueryInput>(in, dtype, segments, space);
       packed_.query = query_->batch();
     }
+    later_options(in, options_);
     for (const int64_t k : keep_) total += k;
     output(kept_, total);
   }

@@ -15,16 +15,17 @@ class QueryRelevance : public Call {
  public:
   explicit QueryRelevance(Bytes& in) : shape_(in, 0), query_(in, shape_), negate_(in.one_in(2)) {
     tokens_ = matrix(in, shape_.dtype, shape_.images, shape_.count, shape_.width);
+    reduce_ = reduce_from(in);
     output(relevance_, shape_.images * shape_.count);
   }
   void run(const cpu::Threads& threads) override {
-    cpu::query_relevance(tokens_.batch, query_.batch(), negate_, cpu::Reduce::kMean, relevance_.data(), threads);
+    cpu::query_relevance(tokens_.batch, query_.batch(), negate_, reduce_, relevance_.data(), threads);
   }
   void check() const override {
     for (int64_t b = 0; b < shape_.images; ++b) {
       const Units tokens(tokens_, b);
       const float* got = relevance_.data() + b * shape_.count;
-      const std::vector<double> score = query_.scores(tokens, b, negate_);
+      const std::vector<double> score = query_.scores(tokens, b, negate_, reduce_);
       double low = INFINITY, high = -INFINITY;
       int64_t first = -1;
       bool alike = true;  // row for row: of parallel rows the cosines are equal but for their rounding
@@ -56,6 +57,7 @@ class QueryRelevance : public Call {
   Shape shape_;
   QueryInput query_;
   bool negate_;
+  cpu::Reduce reduce_;
   Matrix tokens_;
   std::vector<float> relevance_;
 };

@@ -13,6 +13,7 @@ Units::Units(const Matrix& m, int64_t b, int64_t begin, int64_t end) {
     const double norm = finite ? std::sqrt(dot(row, row)) : 0.0;
     for (double& x : row) x = norm > 0.0 ? x / norm : 0.0;
     rows.push_back(row);
+    norms.push_back(norm);
     bad.push_back(!finite);
   }
 }
@@ -36,7 +37,7 @@ void require_distinct(const int64_t* picks, int64_t k, int64_t n, int64_t image)
 }
 
 void certify(const Kernel& kernel, const std::vector<int>& tier, const int64_t* picks, const float* gains, int64_t k,
-             int64_t image) {
+             int64_t image, int exponent) {
   const size_t n = kernel.size();
   std::vector<double> residual(n);
   std::vector<bool> taken(n);
@@ -55,8 +56,10 @@ void certify(const Kernel& kernel, const std::vector<int>& tier, const int64_t* 
     require(tier[pick] == first, at("a pick of the tier whose turn it is", image, t));
     require(residual[pick] >= best - kTolerance * scale, at("the certificate", image, t));
     if (gains != nullptr) {
-      const double exact = std::min(residual[pick], static_cast<double>(std::numeric_limits<float>::max()));
-      require(std::fabs(gains[t] - exact) <= kTolerance * scale + 1e-44, at("the gain of a pick", image, t));
+      const long double largest = std::numeric_limits<float>::max();
+      const long double exact = std::min(std::ldexp(static_cast<long double>(residual[pick]), exponent), largest);
+      const long double tolerance = std::ldexp(static_cast<long double>(kTolerance * scale), exponent) + 1e-44L;
+      require(std::fabs(gains[t] - exact) <= tolerance, at("the gain of a pick", image, t));
     }
     taken[pick] = true;
     if (residual[pick] <= 1e-7 * scale) continue;

@@ -46,6 +46,7 @@ inline double dot(const std::vector<double>& x, const std::vector<double>& y) {
 // The rows of an image with norm 1; zero and bad rows are zero.
 struct Units {
   Rows rows;
+  std::vector<double> norms;
   std::vector<bool> bad;
 
   Units(const Matrix& m, int64_t b, int64_t begin, int64_t end);
@@ -62,8 +63,9 @@ Kernel kernel_of(const Units& units, const std::vector<double>& r);
 void require_distinct(const int64_t* picks, int64_t k, int64_t n, int64_t image);
 
 // Every pick is the best of its tier, step by step, and its gain (may be null) is the residual variance that it had.
+// The kernel is in units of 2^exponent, the gains are not.
 void certify(const Kernel& kernel, const std::vector<int>& tier, const int64_t* picks, const float* gains, int64_t k,
-             int64_t image);
+             int64_t image, int exponent = 0);
 
 // Past the rank (from the first gain of 0 on) tokens go by `priority`, of equals the lowest first; bad ones last.
 void require_fallback(const std::vector<double>& priority, const std::vector<bool>& bad, const int64_t* picks,

@@ -52,6 +52,31 @@ def qcsp(tokens: Tensor, relevance: Tensor, k: int, build: Build = kernel_matrix
     return dpp_map(build(tokens, relevance), k, step)
 
 
+def nearest(offset: Tensor, slope: Tensor, similarity: Tensor, first: Tensor, k: int) -> Tensor:
+    """Picks of largest offset - slope * largest similarity to a pick: (B, k)."""
+    batch = torch.arange(len(first), device=first.device)
+    residual = torch.full_like(offset, float("inf"))
+    picks = [first]
+    for _ in range(k - 1):
+        residual = residual.minimum(offset - slope * similarity[batch, picks[-1]])
+        residual = residual.scatter(1, picks[-1][:, None], float("-inf"))
+        picks.append(residual.argmax(-1))
+    return torch.stack(picks, 1)
+
+
+def max_min(tokens: Tensor, relevance: Tensor, k: int) -> Tensor:
+    unit = normalise(tokens)
+    similarity = torch.bmm(unit, unit.mT)
+    others = similarity.diagonal_scatter(similarity.new_full(tokens.shape[:2], -1.0), dim1=1, dim2=2)
+    return nearest(relevance, relevance, similarity, (relevance * (1 - others.amax(-1))).argmax(-1), k)
+
+
+def mmr(tokens: Tensor, relevance: Tensor, k: int, balance: float = 0.5) -> Tensor:
+    unit = normalise(tokens)
+    slope = torch.full_like(relevance, 1 - balance)
+    return nearest(balance * relevance, slope, torch.bmm(unit, unit.mT), relevance.argmax(-1), k)
+
+
 def bipartite_redundancy(similarity: Tensor, threshold: float = 0.2, gamma: float = 1.0, min_degree: int = 4) -> Tensor:
     """rho of the source tokens from their similarities with the destinations, (B, M, M') -> (B, M)."""
     near = similarity >= threshold

@@ -13,7 +13,10 @@ from bench import baselines, gates
 from script_kernels import reference, testing
 
 QUERY_VECTORS = 16
-OPS = ("prune", "dpp_map", "qcsp", "gsp", "query_relevance", "bipartite_match", "mask_intersect", "prune_varlen")
+OPS = (
+    *("prune", "dpp_map", "qcsp", "max_min", "mmr"),
+    *("gsp", "query_relevance", "bipartite_match", "mask_intersect", "prune_varlen"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +201,9 @@ def make_case(op: str, inputs: Inputs) -> Case:
     elif op == "qcsp":
         arguments = (x, inputs.relevance, k)
         work = testing.qcsp_work(*shape, k, size)
+    elif op in ("max_min", "mmr"):
+        arguments = (x, inputs.relevance, k)
+        work = testing.nearest_work(*shape, k, size)
     elif op == "mask_intersect":
         arguments = (inputs.ranking, inputs.mask, k)
         work = testing.mask_intersect_work(row.batch, row.tokens, inputs.ranks, k)

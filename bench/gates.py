@@ -67,6 +67,14 @@ def qcsp(tokens: Tensor, relevance: Tensor, k: int) -> None:
     testing.certify(testing.kernel64(tokens, relevance), script_kernels.qcsp(tokens, relevance, k)[0])
 
 
+def max_min(tokens: Tensor, relevance: Tensor, k: int) -> None:
+    testing.certify_max_min(tokens, relevance, script_kernels.max_min(tokens, relevance, k)[0])
+
+
+def mmr(tokens: Tensor, relevance: Tensor, k: int) -> None:
+    testing.certify_mmr(tokens, relevance, script_kernels.mmr(tokens, relevance, k)[0])
+
+
 def mask_intersect(ranking: Tensor, mask: Tensor, k: int) -> None:
     result = script_kernels.mask_intersect(ranking, mask, k)
     for row, kept, got in zip(ranking.tolist(), mask.tolist(), result.tolist(), strict=True):

@@ -452,6 +452,15 @@ def qcsp_work(B: int, N: int, D: int, k: int, itemsize: int) -> Work:
     return Work(rows.flops + dpp_map_work(B, N, k).flops, rows.bytes + 12 * B * k)
 
 
+def nearest_work(B: int, N: int, D: int, k: int, itemsize: int) -> Work:
+    """max_min and mmr: the cosines of k picks with all tokens, and an update and an argmax over N for each.
+
+    For max_min's first pick more are needed; how many, the values decide.
+    """
+    rows = Work(2 * B * k * N * D + 2 * B * N * D, B * N * D * itemsize + 4 * B * N)
+    return Work(rows.flops + 4 * B * N * k, rows.bytes + 12 * B * k)
+
+
 def mask_intersect_work(B: int, N: int, P: int, k: int) -> Work:
     """No arithmetic: ranking and mask read, k indices written."""
     return Work(0, B * (8 * P + N + 8 * k))

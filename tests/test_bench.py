@@ -94,6 +94,9 @@ def test_baselines_are_exact(inputs: Inputs) -> None:
     testing.certify(kernel, baselines.qcsp(inputs.tokens, inputs.relevance, 10))
     picks = baselines.numpy_qcsp(inputs.tokens.numpy(), inputs.relevance.numpy(), 10)
     testing.certify(kernel, torch.from_numpy(picks))
+    arguments = (inputs.tokens, inputs.relevance)
+    testing.certify_max_min(*arguments, baselines.max_min(*arguments, 10))
+    testing.certify_mmr(*arguments, baselines.mmr(*arguments, 10))
 
 
 def test_baselines_of_gsp_and_prune_follow_the_reference(inputs: Inputs) -> None:

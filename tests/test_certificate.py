@@ -156,6 +156,7 @@ def test_work_counts():
     )
     loop = sum(2 * t * 11 + 4 * 11 for t in range(6))
     assert testing.dpp_map_work(3, 11, 6).flops == 3 * loop
+    assert testing.nearest_work(3, 11, 5, 6, 4).flops == 3 * 2 * 11 * (5 * (6 + 1) + 2 * 6)
     whole = testing.prune_work(2, 12, 4, 3, 2, Q=5)
     stages = [
         testing.gsp_work(2, 12, 4, 9, 1, 2),

@@ -60,6 +60,22 @@ def test_long_images_pass_the_certificates(kind, dtype):
         testing.certify_mmr(tokens, relevance, indices, balance)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "clustered", "photo"])
+def test_changing_places_changes_nothing(kind):
+    """A longer ranking starts with the shorter ones, in which tokens change places at another pick, or never."""
+    tokens, relevance = testing.make_tokens(kind, 1, 1000, 64), testing.make_relevance(1, 1000)
+    for rule in (
+        lambda k: script_kernels.max_min(tokens, None, k),
+        lambda k: script_kernels.max_min(tokens, relevance, k),
+        lambda k: script_kernels.mmr(tokens, torch.ones_like(relevance), k),
+    ):
+        indices, gains = rule(400)
+        for k in (47, 48, 100, 250):
+            shorter = rule(k)
+            assert torch.equal(shorter[0], indices[:, :k])
+            assert torch.equal(shorter[1], gains[:, :k])
+
+
 @pytest.mark.parametrize("name", testing.ADVERSARIAL)
 def test_hard_tokens_pass_the_certificates(name):
     tokens, relevance = testing.adversarial_tokens(name, 2, 130, 24), testing.make_relevance(2, 130)
@@ -77,6 +93,8 @@ def test_ties_go_to_the_lowest_index():
         reference.mmr(tokens, torch.full((1, 150), 0.3), 150),
     ):
         assert indices[0].tolist() == list(range(150))
+    rising = torch.arange(1.0, 151.0)[None]  # equal tokens are all as near: relevance says nothing
+    assert script_kernels.max_min(tokens, rising, 150)[0][0].tolist() == list(range(150))
     pairs = torch.randn(1, 70, 33, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
     indices, gains = script_kernels.max_min(pairs, None, 140)
     assert (indices[0, :70] % 2 == 0).all()  # the second of a pair is no farther than itself

@@ -59,6 +59,17 @@ def test_no_more_than_the_arithmetic(
     assert columns <= bound(work, n)
 
 
+@pytest.mark.parametrize("kind", ["spread", "near", "alike", "apart", "pairs"])
+@pytest.mark.parametrize(("n", "width", "k"), [(600, 32, 60), (2880, 128, 320)])
+def test_no_more_for_the_nearest_pick(program: pathlib.Path, n: int, width: int, k: int, kind: str) -> None:
+    """max_min's first pick needs the nearest neighbour of many tokens: a triangle of S at most."""
+    work = testing.nearest_work(1, n, width, k, 4)
+    multiply_adds, columns = count(program, "mmr", n, width, k, 1, kind)
+    assert 0 < max(multiply_adds, columns) <= bound(work, n)
+    multiply_adds, columns = count(program, "max_min", n, width, k, 1, kind)
+    assert 0 < max(multiply_adds, columns) <= bound(work, n) + n * n * width / 2
+
+
 def test_work_too_much_is_seen(program: pathlib.Path) -> None:
     """The work of 100 rounds is more than the bound of one."""
     one = testing.gsp_work(1, 6000, 4, 3000, 1, 4)

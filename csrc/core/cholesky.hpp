@@ -19,6 +19,7 @@ struct Cholesky {
   // first pick is left with at most 11 half-ulps of its K_jj (one rounding of K_ij = r_i r_j, half of that of K_ii,
   // root, division and product, all of it squared, and K_jj's own), 6.6e-7: below it, whatever the relevances.
   static constexpr float kRankTolerance = 1e-6f;
+  static float exhausted_at(float largest) { return kRankTolerance * largest; }
 
   float* rows;              // row t of panel p at rows[(p * k + t) * kPanel]
   float* columns;           // [pivot][k]: of pivot t, its entries in the rows 0 to t - 1

@@ -94,7 +94,7 @@ inline void dpp_map(const KernelView& kernel, int64_t k, const Picks& picks) {
   float* bound = scratch.take<float>(slots, -1.0f);
   for (int64_t p = 0; p < panels; ++p) bound[p] = residual[p * kPanel + ops.argmax(residual + p * kPanel, kPanel)];
   float* buffer = scratch.take<float>(kPanel * kPanel);
-  const float exhausted_at = Cholesky::kRankTolerance * largest;
+  const float exhausted_at = Cholesky::exhausted_at(largest);
   int64_t picked = 0;
   bool exhausted = false;
   for (int64_t p = ops.argmax(bound, slots); picked < k && !exhausted;) {

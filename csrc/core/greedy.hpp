@@ -129,22 +129,45 @@ class Panels {
         late_[late++] = static_cast<int32_t>(p);
       }
       if (due == 0) {
-        fall_ = first_worst > 0.0f ? worst / first_worst : 1.0f;
+        // The first pivot takes residuals down from where they start, which says nothing of the next.
+        fall_ = pivots_ > 1 && first_worst > 0.0f ? worst / first_worst : 1.0f;
         std::sort_heap(heap, heap + size);
         return size;
       }
-      const int64_t lag = pivots_ - factor_.applied[late_[0]];
-      parallel_(late, grain_for(lag * kPanel * (source_.row_work() + factor_.entry_work(pivots_))),
-                [&](int64_t begin, int64_t end) {
-                  Scratch local;
-                  float* entries = local.take<float>(kPanel * kPanel);
-                  for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
-                });
+      bring_up_to_date(late);
       expected = 1.0f;
     }
   }
 
+  // Whether waiting saves little, and could save more: hardly a panel waits, and no residual is far behind. (A cluster
+  // of tokens that is far behind comes back, all of it, when every cluster has its pick.)
+  bool could_wait(int64_t pivots) const {
+    const auto knows = [&](int64_t applied) { return applied >= pivots; };
+    if (8 * std::count_if(factor_.applied, factor_.applied + count_, knows) < 7 * count_) return false;
+    const float best = *std::max_element(bound_, bound_ + count_);
+    const float* residual = factor_.residual;
+    const auto behind = [&](float left) { return left >= 0.0f && left < 0.5f * best; };
+    return 8 * std::count_if(residual, residual + problem_.positions, behind) < problem_.positions;
+  }
+
+  // Makes all residuals exact.
+  void bring_all_up_to_date() {
+    for (int64_t p = 0; p < count_; ++p) late_[p] = static_cast<int32_t>(p);
+    bring_up_to_date(count_);
+  }
+
  private:
+  // The first `late` panels of late_.
+  void bring_up_to_date(int64_t late) {
+    const int64_t lag = pivots_ - factor_.applied[late_[0]];
+    parallel_(late, grain_for(lag * kPanel * (source_.row_work() + factor_.entry_work(pivots_))),
+              [&](int64_t begin, int64_t end) {
+                Scratch local;
+                float* entries = local.take<float>(kPanel * kPanel);
+                for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
+              });
+  }
+
   // The same by residuals as they stand, from the panels of largest bound.
   int64_t look_for_candidates(uint8_t tier, int64_t wanted, Candidate* heap) {
     const float* residual = factor_.residual;
@@ -278,10 +301,11 @@ class Pool {
 }  // namespace detail
 
 // Writes k picks (no more than there are tokens) in greedy order and the residual of each at its pick (0 past the
-// rank).
+// rank). Returns k, or fewer: from `pause` picks on, where panels could wait if tokens changed places, it stops with
+// all residuals exact.
 template <typename Source, typename Factor>
-void greedy_map(const Source& source, const GreedyProblem& problem, Factor& factor, int64_t k, const Picks& picks,
-                const Parallel& parallel) {
+int64_t greedy_map(const Source& source, const GreedyProblem& problem, Factor& factor, int64_t k, const Picks& picks,
+                   const Parallel& parallel, int64_t pause = std::numeric_limits<int64_t>::max()) {
   Scratch scratch;
   detail::Panels<Source, Factor> panels(source, problem, factor, k, scratch, parallel);
   float* residual = factor.residual;
@@ -297,7 +321,7 @@ void greedy_map(const Source& source, const GreedyProblem& problem, Factor& fact
     for (int64_t p = 0; p < problem.positions; ++p) {
       if (problem.tier[p] == tier) largest = std::max(largest, problem.diagonal[p]);
     }
-    const float exhausted_at = Factor::kRankTolerance * largest;
+    const float exhausted_at = Factor::exhausted_at(largest);
     bool exhausted = false;
     while (picked < k && !exhausted) {
       int32_t taken[kPanel];
@@ -322,10 +346,15 @@ void greedy_map(const Source& source, const GreedyProblem& problem, Factor& fact
         std::copy_n(pool.taken(), count, taken);
       }
       panels.append(taken, count, scratch);  // outside the pool's scope: what it takes from `scratch` stays
+      if (pause <= picked && picked < k && panels.could_wait(std::max(picked / 2, panels.pivots() - count))) {
+        panels.bring_all_up_to_date();
+        return picked;
+      }
     }
     if (exhausted) picked = detail::take_by_priority(problem, tier, k, picked, residual, picks);
   }
   if (picked < k) detail::take_by_priority(problem, kNoTier, k, picked, residual, picks);
+  return k;
 }
 
 }  // namespace script::cpu

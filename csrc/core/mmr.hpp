@@ -38,16 +38,14 @@ inline void mmr(const TokenView& tokens, const Relevance& relevance, int64_t k, 
     if (tier[i] != 0) continue;
     offset[i] = static_cast<float>(std::ldexp(balance * (relevance[i] - low) + (1.0 - balance), -exponent));
   }
-  const PlacedTokens placed(image, {scratch.take<float>(n, 1.0f), offset, offset, tier}, scratch);
-  Nearest factor(placed.at_positions(offset, scratch), placed.at_positions(slope, scratch), placed, scratch);
-  int32_t position = -1;
-  for (int64_t p = 0; p < placed.problem().positions; ++p) {
-    if (first >= 0 && placed.problem().ids[p] == first) position = static_cast<int32_t>(p);
-  }
-  greedy_map(placed.source(), after_first(placed, position, scratch), factor, k, picks, parallel);
+  nearest_picks(image, {offset, slope, tier}, k, picks, [&](const PlacedTokens& placed, const Nearest&) {
+    const int32_t* ids = placed.problem().ids;
+    const int64_t positions = placed.problem().positions;
+    return first < 0 ? -1 : static_cast<int32_t>(std::find(ids, ids + positions, first) - ids);
+  });
   for (int64_t t = 0; t < k; ++t) {
     const int64_t i = picks.indices[t];
-    if (tier[i] != 0) continue;
+    if (tier[i] == kNoTier) continue;
     const double above = std::ldexp(static_cast<double>(picks.gains[t]), exponent);
     picks.gains[t] = saturate(t == 0 ? balance * relevance[i] : above + balance * low - (1.0 - balance));
   }

@@ -13,7 +13,8 @@
 namespace script::cpu {
 
 struct Nearest {
-  static constexpr float kRankTolerance = -1.0f;  // a choice down to the last token: there is no rank to exhaust
+  // A choice down to the last token, also of residual 0: there is no rank to exhaust.
+  static float exhausted_at(float) { return -1.0f; }
   // Where residuals start from: larger than any, so that the first pick sets all.
   static constexpr float kUnset = std::numeric_limits<float>::max();
 
@@ -59,20 +60,61 @@ struct Nearest {
   };
 };
 
-// The problem of choosing from the first pick on, which the rules settle each in its own way.
-inline GreedyProblem after_first(const PlacedTokens& placed, int32_t first, Scratch& scratch) {
-  GreedyProblem problem = placed.problem();
-  problem.diagonal = scratch.take<float>(problem.positions, Nearest::kUnset);
-  problem.first = first;
-  return problem;
-}
-
 // Tokens that may be picked, and the others: what is bad in itself, or in the value that came with it.
 inline void tiers_of(const RowTable& table, const Relevance& values, int64_t n, uint8_t* tier) {
   for (int64_t i = 0; i < n; ++i) {
     const bool bad = table.bad[i] || (values.data != nullptr && !std::isfinite(values[i]));
     tier[i] = bad ? kNoTier : 0;
   }
+}
+
+// A rule by token: what it offers, and what a cosine of 1 to a pick takes off.
+struct NearestRule {
+  const float* offset;
+  const float* slope;
+  uint8_t* tier;  // 0 or kNoTier; used up
+};
+
+// Picks by the rule, all but the first of them, which first(placed, factor) chooses, as a position.
+//
+// Residuals part soon: a token with a near pick is not next for long. So after a while, unless panels wait already,
+// tokens change places, the far ones to the front, and the panels of the others wait. A token's residual is all that
+// has to move with it.
+template <typename First>
+void nearest_picks(const Image& image, const NearestRule& rule, int64_t k, const Picks& picks, const First& first) {
+  constexpr int64_t kLeast = 48;  // picks that are worth a second packing
+  Scratch scratch;
+  const int64_t n = image.tokens.count;
+  const float* ones = scratch.take<float>(n, 1.0f);
+  float* residual = scratch.take<float>(n);
+  int64_t picked = 0;
+  {
+    Scratch leg;
+    const PlacedTokens placed(image, {ones, rule.offset, rule.offset, rule.tier}, leg);
+    Nearest factor(placed.at_positions(rule.offset, leg), placed.at_positions(rule.slope, leg), placed, leg);
+    GreedyProblem problem = placed.problem();
+    problem.first = first(placed, factor);
+    problem.diagonal = leg.take<float>(problem.positions, Nearest::kUnset);
+    const int64_t pause = k < kLeast ? k : k * 3 / 10;
+    picked = greedy_map(placed.source(), problem, factor, k, picks, image.parallel, pause);
+    for (int64_t p = 0; p < problem.positions && picked < k; ++p) {
+      if (problem.ids[p] != kHole) residual[problem.ids[p]] = factor.residual[p];
+    }
+  }
+  if (picked == k) return;
+  float least = Nearest::kUnset;
+  for (int64_t i = 0; i < n; ++i) {
+    if (rule.tier[i] != 0) continue;
+    if (residual[i] < 0.0f) rule.tier[i] = kHoleTier;  // taken
+    if (residual[i] >= 0.0f) least = std::min(least, residual[i]);
+  }
+  float* above = scratch.take<float>(n);
+  for (int64_t i = 0; i < n; ++i) above[i] = std::max(residual[i] - least, 0.0f);
+  const PlacedTokens placed(image, {ones, above, rule.offset, rule.tier}, scratch);
+  Nearest factor(placed.at_positions(rule.offset, scratch), placed.at_positions(rule.slope, scratch), placed, scratch);
+  GreedyProblem problem = placed.problem();
+  problem.diagonal = placed.at_positions(residual, scratch);
+  greedy_map(placed.source(), problem, factor, k - picked, picks.at(picked), image.parallel);
 }
 
 }  // namespace script::cpu

@@ -89,7 +89,8 @@ class TokenSource {
 
   class Pool {
    public:
-    Pool(const TokenSource& source, const int32_t* positions, int count, Scratch& scratch) : tokens_(source.tokens_) {
+    Pool(const TokenSource& source, const int32_t* positions, int count, Scratch& scratch)
+        : tokens_(source.tokens_), count_(count) {
       panel_ = scratch.take<float>(tokens_.panel_size());
       tokens_.rows(positions, count, scratch.take<float>(tokens_.row_buffer_size(count)), rows_);
       tokens_.pack_rows(rows_, count, panel_);
@@ -106,15 +107,29 @@ class TokenSource {
       for (int a = 0; a < m; ++a) pointers[a] = rows_[members[a]];
       tokens_.multiply(pointers, m, panel_, kPanel / kGroup, out);
       for (int a = 0; a < m; ++a) {
-        float* row = out + a * kPanel;
         const int c = members[a];
-        simd().weigh_products(row, {weight_[c], relevance_[c], square_[c]}, {weight_, relevance_, square_}, kPanel,
-                              row);
+        weigh({weight_[c], relevance_[c], square_[c]}, kPanel, out + a * kPanel);
+      }
+    }
+
+    // The same for any m <= kPanel positions instead of members, as far as the members' groups of columns go.
+    void rows_of(const TokenSource& source, const int32_t* others, int m, float* out) const {
+      Scratch scratch;
+      const float* pointers[kPanel];
+      tokens_.rows(others, m, scratch.take<float>(tokens_.row_buffer_size(m)), pointers);
+      tokens_.multiply(pointers, m, panel_, groups_of(count_), out);
+      for (int a = 0; a < m; ++a) {
+        weigh(source.weights_.pivot(others[a]), groups_of(count_) * kGroup, out + a * kPanel);
       }
     }
 
    private:
+    void weigh(const PivotWeights& row, int columns, float* out) const {
+      simd().weigh_products(out, row, {weight_, relevance_, square_}, columns, out);
+    }
+
     const PackedTokens& tokens_;
+    int count_;
     float* panel_;
     const float* rows_[kPanel];
     float weight_[kPanel], relevance_[kPanel], square_[kPanel];

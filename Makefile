@@ -10,7 +10,8 @@
 #   make tsan      the CPU cores' threads under ThreadSanitizer  (TSAN_INPUTS=10000 of each op, on 2 and on 8 threads)
 #   make soak      a million calls of prune         (SOAK_ARGS="--calls 1000000"): bytes a call, latency
 #   make differential  20,000 examples of the ops against the float64 oracle, over all SIMD levels
-#   make gpu-proof the Triton kernels without a GPU: their PTX interpreted, in orders drawn at random (minutes)
+#   make gpu-proof the Triton kernels without a GPU: compiled for all targets, their PTX interpreted, in orders drawn at
+#                  random (half an hour)
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")
@@ -145,6 +146,7 @@ test-timm: setup
 
 # In a process where Triton compiles; tests/test_ptx.py runs a part of it.
 gpu-proof: setup
+	$(PY) -m script_kernels.targets
 	OMP_NUM_THREADS=1 $(PY) -m pytest -c tests/ptx/pytest.ini --rootdir tests/ptx --confcutdir tests/ptx $(PYTEST_ARGS) tests/ptx
 
 lint: setup

@@ -11,7 +11,7 @@
 #   make soak      a million calls of prune         (SOAK_ARGS="--calls 1000000"): bytes a call, latency
 #   make differential  20,000 examples of the ops against the float64 oracle, over all SIMD levels
 #   make gpu-proof the Triton kernels without a GPU: compiled for all targets, their PTX interpreted, in orders drawn at
-#                  random (half an hour)
+#                  random (many minutes)
 #   make lint      ruff, mypy, clang-format       (make format rewrites the files)
 #   make docs      the documentation as a site: build/site/index.html
 #   make bench     one table, CSV and plot        (BENCH_ARGS="--cpu")

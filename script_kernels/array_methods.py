@@ -65,12 +65,12 @@ def top(score: Array, keep: int) -> Array:
     return np.sort(np.argsort(-score, axis=1, kind="stable")[:, :keep], 1)
 
 
-def split_order(n: int, split: str, grid_width: int | None) -> Array:
-    """(n,) int64: the tokens in an order whose even places are GSP's first sources."""
+def split_order(n: int, split: str, grid_width: int | None) -> Array | None:
+    """(n,) int64: the tokens in an order whose even places are GSP's first sources; None: as they come."""
     check_split(n, split, grid_width)
-    place = np.arange(n, dtype=np.int64)
     if grid_width is None or grid_width % 2:
-        return place
+        return None
+    place = np.arange(n, dtype=np.int64)
     return place ^ (place // grid_width % 2)
 
 
@@ -124,9 +124,11 @@ def script(
     given = PruneOptions(combine=combine, **options)
     given.check()
     where = split_order(tokens.shape[1], split, grid_width)
-    tokens, relevance = tokens[:, where], None if relevance is None else relevance[:, where]
+    if where is not None:
+        tokens, relevance = tokens[:, where], None if relevance is None else relevance[:, where]
     kernel = weighted(tokens, relevance, power, mix, floor, negate)
-    return np.sort(where[_joined(tokens, kernel, keep, given, survivors, ridge, threads)], 1)
+    kept = _joined(tokens, kernel, keep, given, survivors, ridge, threads)
+    return np.sort(kept if where is None else where[kept], 1)
 
 
 def _joined(
@@ -235,8 +237,11 @@ def gsp(
     needed = rounds_needed(tokens.shape[1], keep)
     rounds = needed if rounds is None else max(needed, count(rounds, "rounds", 1))
     GspOptions(rounds=rounds, **options).check()
-    mask, _ = graph_pruning(tokens[:, order], keep, rounds=rounds, threads=threads, **options)
-    return np.sort(order[mask.nonzero()[1].reshape(-1, keep)], 1)
+    mask, _ = graph_pruning(
+        tokens if order is None else tokens[:, order], keep, rounds=rounds, threads=threads, **options
+    )
+    kept = mask.nonzero()[1].reshape(-1, keep)
+    return kept if order is None else np.sort(order[kept], 1)
 
 
 def stride(tokens: Array, relevance: Array | None, keep: int, *, threads: int = 1) -> Array:

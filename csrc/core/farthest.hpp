@@ -109,14 +109,16 @@ class FarthestSearch {
     meet_all(block);
   }
 
-  // A block of the largest bounds meets all others; false if there is nothing left that may win.
+  // A few tiles of the largest bounds meet all others, more of them where there are more tokens to leave behind; false
+  // if there is nothing left that may win.
   bool meet_promising() {
     int64_t alive = 0;
     for (int64_t p = 0; p < problem_.positions; ++p) {
       const int32_t at = static_cast<int32_t>(p);
       if (is_token(p) && may_win(at)) promising_[alive++] = {bound_[p], problem_.ids[p], at};
     }
-    const int64_t size = std::min<int64_t>(alive, kPanel);
+    const int64_t most = kFirst * (2 + problem_.positions / kPanel / 16);
+    const int64_t size = std::min({alive, most, int64_t{kPanel}});
     std::partial_sort(promising_, promising_ + size, promising_ + alive);
     Block block;
     for (int64_t a = 0; a < size; ++a) add(block, promising_[a].position, promising_[a].residual, 0);
@@ -212,7 +214,7 @@ class FarthestSearch {
 
   // The block's members as rows, with all tokens as columns; a member leaves where it falls behind.
   void meet_all(Block& block) {
-    const int64_t panels = problem_.positions / kPanel, step = std::max<int64_t>(4, panels / 16);
+    const int64_t panels = problem_.positions / kPanel, step = std::max<int64_t>(2, panels / 16);
     for (int64_t p = 0; p < panels && block.size > 0; p += step) {
       meet_panels(block, p, std::min(p + step, panels));
       Block left;

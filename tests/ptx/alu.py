@@ -45,8 +45,17 @@ def fma_double(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 def rough_reciprocal(a: np.ndarray) -> np.ndarray:
     """1 / a in the upper half of a float64, as little as rcp.approx.ftz.f64 promises; denormals count as 0."""
-    wide = 1 / np.where(np.abs(a) < np.finfo(np.float64).tiny, np.copysign(0.0, a), a)
+    wide = 1 / flush(a)
     return (wide.view(np.int64) & np.int64(-1 << 32)).view(np.float64)
+
+
+def flush(a: np.ndarray) -> np.ndarray:
+    """Denormals as zeros of their sign."""
+    return np.where(np.abs(a) < np.finfo(a.dtype).tiny, np.copysign(a.dtype.type(0), a), a)
+
+
+def power_of_two(a: np.ndarray) -> np.ndarray:
+    return np.exp2(a.astype(np.float64)).astype(np.float32)
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -147,11 +156,8 @@ FUNCTIONS = {
     r"(add|sub|min|max|div)\.([us]\d+)": lambda op, t: ([t, t], t, INTEGER[op]),
     r"(and|or|xor)\.(b\d+|pred)": lambda op, t: ([t, t], t, INTEGER[op]),
     r"(abs|neg)\.([sf]\d+)": lambda op, t: ([t], t, UNARY[op]),
-    r"abs\.ftz\.(f32)": lambda t: (
-        [t],
-        t,
-        lambda a: np.where(np.abs(a) < np.finfo(a.dtype).tiny, a.dtype.type(0), np.abs(a)),
-    ),
+    r"abs\.ftz\.(f32)": lambda t: ([t], t, lambda a: np.abs(flush(a))),
+    r"fma\.rn\.ftz\.(f32)": lambda t: ([t] * 3, t, lambda a, b, c: flush(fma(flush(a), flush(b), flush(c)))),
     r"(not)\.(b\d+|pred)": lambda op, t: ([t], t, UNARY[op]),
     r"fma\.rn\.(f32)": lambda t: ([t] * 3, t, fma),
     r"fma\.rn\.(f64)": lambda t: ([t] * 3, t, fma_double),
@@ -179,7 +185,8 @@ FUNCTIONS = {
     r"mov\.([busf]\d+|pred)": lambda t: ([t], t, lambda a: a),
     r"sqrt\.rn\.(f32)": lambda t: ([t], t, np.sqrt),
     r"rsqrt\.approx\.ftz\.(f32)": lambda t: ([t], t, lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(np.float32)),
-    r"ex2\.approx\.(f32)": lambda t: ([t], t, lambda a: np.exp2(a.astype(np.float64)).astype(np.float32)),
+    r"ex2\.approx\.(f32)": lambda t: ([t], t, power_of_two),
+    r"ex2\.approx\.ftz\.(f32)": lambda t: ([t], t, lambda a: flush(power_of_two(flush(a)))),
     r"cvt\.(?:(r\w+)\.)?([usf]\d+)\.([usf]\d+)": lambda r, to, source: ([source], to, convert(r, to, source)),
 }
 FUNCTIONS = {re.compile(pattern): build for pattern, build in FUNCTIONS.items()}

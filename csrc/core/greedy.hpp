@@ -129,8 +129,8 @@ class Panels {
         late_[late++] = static_cast<int32_t>(p);
       }
       if (due == 0) {
-        // The first pivot takes residuals down from where they start, which says nothing of the next.
-        fall_ = pivots_ > 1 && first_worst > 0.0f ? worst / first_worst : 1.0f;
+        // A first pivot on its own takes residuals down from where they start, which says nothing of the next: a guess.
+        fall_ = pivots_ == 1 ? 0.9f : first_worst > 0.0f ? worst / first_worst : 1.0f;
         std::sort(heap, heap + size);
         return size;
       }

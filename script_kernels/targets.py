@@ -6,7 +6,7 @@ Each call of `script_kernels.triton.tables` runs a launcher on tensors without s
 launches are recorded, with the types, alignments and constants that Triton's run time derives for the same launch on a
 GPU, and compiled for each target into its cache. The table that is printed has one line per kernel,
 variant and target: registers, spilled bytes, shared memory and size of the binary. The exit status is 1 if a kernel
-does not compile, spills, or asks for more shared memory than the target has.
+does not compile, spills, or asks for more registers or shared memory than a block can have.
 """
 
 import argparse
@@ -35,6 +35,9 @@ SHARED_LIMITS = {
     "gfx942": 65536,
 }
 TARGETS = tuple(SHARED_LIMITS)
+REGISTERS = (
+    65536  # of a multiprocessor of any of NVIDIA's targets; a block gets them for 8 registers of a warp at a time
+)
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,9 @@ def compile_launch(launch: Launch) -> Binary:
     result.size = len(binary)
     if result.spilled:
         result.problems.append(f"spills {result.spilled} bytes")
+    threads = 32 * compiled.metadata.num_warps
+    if target.startswith("sm_") and -(-result.registers // 8) * 8 * threads > REGISTERS:
+        result.problems.append(f"needs {result.registers} registers for each of {threads} threads, of {REGISTERS}")
     if result.shared > SHARED_LIMITS[target]:
         result.problems.append(f"needs {result.shared} bytes of shared memory of {SHARED_LIMITS[target]}")
     return result

@@ -234,6 +234,7 @@ half = torch.empty(4096, dtype=torch.float16, device="meta")
 for call, name in (
     (lambda: spilling_kernel[(1,)](x, x, BLOCK=8192, num_warps=4, maxnreg=32), "sm_80"),
     (lambda: wide_kernel[(1,)](half, x, BLOCK=256, num_warps=16, num_stages=3), "sm_86"),
+    (lambda: wide_kernel[(1,)](half, x, BLOCK=256, num_warps=16, num_stages=1, maxnreg=255), "sm_80"),
     (lambda: broken_kernel[(1,)](x, x, BLOCK=64), "sm_90"),
 ):
     with targets.recording("bad", name) as take:
@@ -244,14 +245,15 @@ for call, name in (
 
 
 def test_problems_are_found(tmp_path):
-    """Negative controls: a kernel that spills, one that wants too much shared memory, one that does not compile."""
+    """Negative controls: kernels that spill, want too much shared memory or too many registers, or do not compile."""
     path = tmp_path / "bad_kernels.py"
     path.write_text(BAD_KERNELS)
     done = run(str(path))
     assert done.returncode == 0, done.stderr
-    spilling, wide, broken = done.stdout.splitlines()
+    spilling, wide, greedy, broken = done.stdout.splitlines()
     assert spilling.startswith("spills ")
     assert "shared memory of 101376" in wide
+    assert re.search(r"needs \d+ registers for each of 512 threads, of 65536", greedy)
     assert broken.startswith("does not compile: ")
 
 

@@ -1,5 +1,7 @@
-"""The launch tables for two targets, one of them with the least shared memory. Four targets of seven, in two files that
-two workers share, are the longest test of the suite; `make gpu-proof` compiles for all."""
+"""The launch tables for Hopper, and of them what `prune` launches for Blackwell; AMD's are in test_targets_second.py.
+
+They are the longest tests of the suite, so that is all that it compiles: `make gpu-proof` does the rest.
+"""
 
 import pytest
 from compiled_targets import assert_all_compile
@@ -7,5 +9,9 @@ from compiled_targets import assert_all_compile
 pytest.importorskip("triton")
 
 
-def test_every_kernel_compiles_for_ampere_and_hopper():
-    assert_all_compile(("sm_86", "sm_90"))
+def test_every_kernel_compiles_for_hopper():
+    assert_all_compile("sm_90")
+
+
+def test_what_prune_launches_compiles_for_blackwell():
+    assert_all_compile("sm_120", "prune", "matrix")

@@ -87,6 +87,18 @@ def test_the_kernel_of_qcsp_is_the_one_its_options_describe(route, options):
 
 
 @quiet
+@pytest.mark.parametrize("scale", [1e-10, 1e10])
+def test_powers_far_from_one(scale):
+    """Squares of entries around 2^-4000 and 2^4000: no float64 holds them, their logarithms do."""
+    tokens, relevance = example(20)
+    indices, gains = launch_qcsp(tokens, relevance * scale, 5, QcspOptions(power=60.0))
+    near, _ = launch_qcsp(tokens, relevance, 5, QcspOptions(power=60.0))
+    assert torch.equal(indices, near)
+    most = torch.finfo(torch.float32).max if scale > 1 else 0.0
+    assert (gains[:, 0] == most).all()
+
+
+@quiet
 @pytest.mark.parametrize(("dtype", "negate"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_the_largest_cosine(dtype, negate):
     tokens, _ = example(40, dtype)

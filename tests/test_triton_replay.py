@@ -25,11 +25,13 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from script_kernels import targets, testing
-from script_kernels.options import GspOptions, PruneOptions
+from script_kernels.options import GspOptions, PruneOptions, QcspOptions
 from script_kernels.triton.kernels import plan, replay
 from script_kernels.triton.bipartite_match import launch_bipartite_match
 from script_kernels.triton.dpp_map import launch_dpp_map
 from script_kernels.triton.gsp import launch_gsp
+from script_kernels.triton.max_min import launch_max_min
+from script_kernels.triton.mmr import launch_mmr
 from script_kernels.triton.prune import launch_prune
 from script_kernels.triton.qcsp import launch_qcsp
 from script_kernels.triton.query_relevance import launch_query_relevance
@@ -81,15 +83,21 @@ plan.plan_greedy = lambda device, *sizes, **options: plan_greedy(torch.device("m
 bf16 = torch.bfloat16
 tokens, query = torch.zeros(1, 576, 1024, dtype=bf16), torch.zeros(1, 20, 1024, dtype=bf16)
 relevance, kernel = torch.zeros(1, 576), torch.zeros(1, 576, 576)
+longer = torch.zeros(1, 9000, 64, dtype=bf16)
 options, graph = PruneOptions(), GspOptions()
 asked = PruneOptions(reduce="max", combine="restrict", floor=0.3, gsp_drop=0.5)
 union = PruneOptions(combine="union", power=2.0)
+other = QcspOptions(power=2.0, normalize=False, ridge=0.1)
 calls = {
     "prune": lambda: launch_prune(tokens, query, 64, options),
     "prune by the largest cosine": lambda: launch_prune(tokens, query, 64, asked),
     "prune, union": lambda: launch_prune(tokens, query, 64, union),
     "largest cosine": lambda: launch_query_relevance(tokens, query, None, False, "max"),
     "qcsp": lambda: launch_qcsp(tokens, relevance, 64),
+    "qcsp with options": lambda: launch_qcsp(tokens, relevance, 64, other),
+    "max_min": lambda: launch_max_min(tokens, relevance, 64),
+    "max_min, longer": lambda: launch_max_min(longer, None, 64),
+    "mmr": lambda: launch_mmr(tokens, relevance, 64),
     "gsp": lambda: launch_gsp(tokens, 432, graph),
     "dpp_map": lambda: launch_dpp_map(kernel, 64),
     "bipartite_match": lambda: launch_bipartite_match(tokens),
@@ -115,6 +123,7 @@ print(json.dumps(found))
 # op -> launches
 LAUNCHES = {"prune": 6, "qcsp": 4, "gsp": 3, "dpp_map": 1, "bipartite_match": 3, "query_relevance": 3}
 LAUNCHES |= {"prune by the largest cosine": 7, "prune, union": 38, "largest cosine": 4}
+LAUNCHES |= {"qcsp with options": 4, "max_min": 5, "max_min, longer": 4, "mmr": 4}
 MOST = 15  # calls of Python functions in a repeated call, those of Triton's launchers (here one a launch) not counted
 
 

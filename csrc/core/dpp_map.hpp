@@ -27,12 +27,21 @@ struct KernelView {
     }
     return buffer;
   }
+
+  // Fetches row i: what follows takes it in another order than the hardware expects.
+  void fetch_row(int64_t i) const {
+    const float* x = data + i * row_stride;
+    for (int64_t j = 0; column_stride == 1 && j < count; j += kLineFloats) __builtin_prefetch(x + j);
+  }
+  static constexpr int64_t kLineFloats = 16;
 };
 
 namespace detail {
 
 // Below kOrderedFrom Cholesky entries a gathered kernel row costs what the order saves.
 inline constexpr int64_t kOrderedFrom = int64_t{1} << 16;
+// From here on rows of the kernel are not near any more when one panel after the other asks for a piece of them.
+inline constexpr int64_t kGatheredFrom = int64_t{1} << 21;
 
 // Several panels claim the same largest residual: one that is not up to date goes first, else the one with the lowest
 // token of that residual.
@@ -94,6 +103,12 @@ inline void dpp_map(const KernelView& kernel, int64_t k, const Picks& picks) {
   float* bound = scratch.take<float>(slots, -1.0f);
   for (int64_t p = 0; p < panels; ++p) bound[p] = residual[p * kPanel + ops.argmax(residual + p * kPanel, kPanel)];
   float* buffer = scratch.take<float>(kPanel * kPanel);
+  // The panels that have been asked for, and for each the first pivot after that: of it and those that follow, entries
+  // are gathered for all these panels at once, while the row is near, to where the panel's Cholesky row will stand.
+  const bool gathers = !in_order && n * k >= detail::kGatheredFrom;
+  int32_t* asked = scratch.take<int32_t>(panels);
+  int64_t* gathered_from = scratch.take<int64_t>(panels, k);
+  int64_t asked_count = 0;
   const float exhausted_at = Cholesky::exhausted_at(largest);
   int64_t picked = 0;
   bool exhausted = false;
@@ -106,9 +121,16 @@ inline void dpp_map(const KernelView& kernel, int64_t k, const Picks& picks) {
     while (picked < k) {
       if (top < rival) break;
       if (factor.applied[p] < picked) {
+        if (gathers && gathered_from[p] == k) {
+          gathered_from[p] = picked;
+          asked[asked_count++] = static_cast<int32_t>(p);
+        }
         top = factor.extend(p, picked, [&](int64_t first, int m, const float** out) {
           for (int a = 0; a < m; ++a) {
-            out[a] = kernel.row(picks.indices[first + a], ids + p * kPanel, in_order, buffer + a * kPanel);
+            const int64_t pivot = first + a;
+            out[a] = pivot >= gathered_from[p]
+                         ? factor.panel(p) + pivot * kPanel
+                         : kernel.row(picks.indices[pivot], ids + p * kPanel, in_order, buffer + a * kPanel);
           }
         });
         continue;
@@ -129,6 +151,10 @@ inline void dpp_map(const KernelView& kernel, int64_t k, const Picks& picks) {
       factor.read_column(best, picked, factor.column(picked));
       factor.inverse_diagonal[picked] = 1.0f / std::sqrt(top);
       picks.indices[picked] = ids[best];
+      if (asked_count > 0) kernel.fetch_row(ids[best]);
+      for (int64_t a = 0; a < asked_count; ++a) {
+        kernel.row(ids[best], ids + asked[a] * kPanel, in_order, factor.panel(asked[a]) + picked * kPanel);
+      }
       picks.gains[picked++] = top;
       top = taken.left;
     }

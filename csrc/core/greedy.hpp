@@ -131,7 +131,7 @@ class Panels {
       if (due == 0) {
         // A first pivot on its own takes residuals down from where they start, which says nothing of the next: a guess.
         fall_ = pivots_ == 1 ? 0.9f : first_worst > 0.0f ? worst / first_worst : 1.0f;
-        std::sort_heap(heap, heap + size);
+        std::sort(heap, heap + size);
         return size;
       }
       bring_up_to_date(late);
@@ -168,7 +168,7 @@ class Panels {
               });
   }
 
-  // The same by residuals as they stand, from the panels of largest bound.
+  // The same by residuals as they stand, from the panels of largest bound; a heap only if all that are wanted are there.
   int64_t look_for_candidates(uint8_t tier, int64_t wanted, Candidate* heap) {
     const float* residual = factor_.residual;
     std::copy_n(bound_, pad_to_panel(count_), unseen_);
@@ -183,7 +183,7 @@ class Panels {
         const Candidate candidate{residual[p], problem_.ids[p], static_cast<int32_t>(p)};
         if (size < wanted) {
           heap[size++] = candidate;
-          std::push_heap(heap, heap + size);
+          if (size == wanted) std::make_heap(heap, heap + size);
         } else if (candidate < heap[0]) {
           std::pop_heap(heap, heap + size);
           heap[size - 1] = candidate;
@@ -261,7 +261,7 @@ class Pool {
   int taken_count() const { return taken_count_; }
 
  private:
-  static constexpr int kBatch = 6;  // rows that cost little more than one: a register tile of the matrix product
+  static constexpr int kBatch = 4;  // rows that cost little more than one; of more, most would be guessed in vain
 
   // Kernel rows of the member and of the candidates most likely to be next, less what the applied pivots explain.
   void compute_rows(int member) {

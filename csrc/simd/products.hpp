@@ -31,6 +31,10 @@ inline void transpose(Vec (&v)[kFloats]) {
 // hardware to see it.
 constexpr int64_t kPackChunk = 512;
 
+constexpr int kLineVectors = 16 / kFloats;  // of a line of the panel
+// How far ahead of them the panel's lines are fetched: often the caches have them no more, and a store waits for that.
+constexpr int64_t kStepsToStore = 64;
+
 struct NoSquares {
   static constexpr bool kWanted = false;
   static Vec add(Vec sum, Vec) { return sum; }
@@ -75,6 +79,11 @@ inline void pack_columns(const float* const* rows, int count, int64_t depth, flo
         }
         float* out = panel + Layout::at(d, block, depth);
         const int64_t step = Layout::at(d + 1, block, depth) - Layout::at(d, block, depth);  // in one chunk
+        if (block % kLineVectors == 0) {
+          const float* ahead = out + kStepsToStore * step;
+          SCRIPT_UNROLL(16)
+          for (int r = 0; r < kFloats; ++r) __builtin_prefetch(ahead + r * step, 1, 2);
+        }
         SCRIPT_UNROLL(16)
         for (int r = 0; r < kFloats; ++r) store(out + r * step, v[r]);
         if constexpr (Squares::kWanted) {

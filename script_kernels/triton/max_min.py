@@ -12,10 +12,12 @@ from .kernels.layout import Layout
 from .kernels.nearest import launch_alone
 from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
+from .kernels.replay import replayed
 from .kernels.rows import launch_rows
-from .kernels.weights import max_min_weights, scaled_back
+from .kernels.weights import max_min_weights
 
 
+@replayed
 def launch_max_min(
     tokens: torch.Tensor,
     relevance: torch.Tensor | None,
@@ -27,22 +29,20 @@ def launch_max_min(
     """Indices (B, k) int64 of (B, N, D) tokens in the order of picking, gains (B, k) fp32; overrides as in qcsp."""
     layout = Layout.of(tokens)
     (stage,), clear = plan_stages(tokens.device, layout, k, matrix_free=matrix_free, columns=columns)
-    rows = launch_rows(tokens, layout)
-    ones = torch.ones_like(rows.inv_norm)
-    kernel, own = None, None
     if stage.features:
         clear.zero_()
-    else:
+    rows = launch_rows(tokens, layout)
+    weight, ones, unit = max_min_weights(relevance, layout, rows)
+    kernel, own = None, None
+    if not stage.features:
         _, kernel, own = launch_pairs(tokens, layout, rows, ones, width=layout.n, clear=clear)
-    weight, good, exponent = max_min_weights(relevance, layout, rows)
-    near = launch_alone(tokens, layout, rows, good, kernel, own)
-    start = torch.where(good, weight * (1 - near.view_as(weight)).clamp(min=0), torch.nan)
+    start = launch_alone(tokens, layout, rows, weight, kernel, own)
     steps: dict[str, Any] = {
         "kernel": kernel,
         "tokens": tokens,
         "own": own,
+        "unit": unit,
         "start": start,
         "nearest": (weight, weight),
     }
-    indices, gains = launch_greedy(layout, ones, k, stage, rows, **steps)
-    return indices, scaled_back(gains, exponent)
+    return launch_greedy(layout, ones, k, stage, rows, **steps)

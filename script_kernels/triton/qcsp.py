@@ -17,7 +17,7 @@ from .kernels.pairs import launch_pairs
 from .kernels.plan import plan_stages
 from .kernels.replay import replayed
 from .kernels.rows import launch_rows, launch_unit
-from .kernels.weights import kernel_weights, scaled_back
+from .kernels.weights import kernel_weights
 
 
 @replayed
@@ -41,12 +41,12 @@ def launch_qcsp(
         clear.zero_()
     rows = launch_rows(tokens, layout)
     plain = options is None or options == QcspOptions()
-    unit, start, exponent, weight = None, None, None, None
+    start, weight = None, None
     if plain:
         relevance, unit = launch_unit(relevance, layout, rows)
     else:
         assert options is not None
-        weight, start, exponent = kernel_weights(relevance, layout, rows, options)
+        weight, start, unit = kernel_weights(relevance, layout, rows, options)
     kernel, own = None, None
     if not stage.features:
         weights = relevance if weight is None else weight
@@ -59,5 +59,4 @@ def launch_qcsp(
         "start": start,
         "weight": weight,
     }
-    indices, gains = launch_greedy(layout, relevance, k, stage, rows, **steps)
-    return indices, gains if exponent is None else scaled_back(gains, exponent)
+    return launch_greedy(layout, relevance, k, stage, rows, **steps)

@@ -162,7 +162,7 @@ LAUNCHES: tuple[tuple[str, str, Callable[[], None]], ...] = (
     ("qcsp", "bf16 8192", partial(qcsp, BF16, 8192)),
     ("qcsp", "bf16 20000", partial(qcsp, BF16, 20000)),
     ("qcsp", "bf16 power", partial(qcsp, BF16, 576, power=2.0)),
-    ("qcsp", "fp32 20000 ridge", partial(qcsp, FP32, 20000, ridge=0.1)),
+    ("qcsp", "fp32 20000 raw rows, ridge", partial(qcsp, FP32, 20000, normalize=False, ridge=0.1)),
     *(
         (name, f"{named(dtype)} {n}", partial(nearest, op, dtype, n))
         for name, op in (("max_min", launch_max_min), ("mmr", launch_mmr))

@@ -30,6 +30,34 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.where(odd, bits + step, bits).view(np.float64).astype(np.float32)
 
 
+def fma_double(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float64 with what rounding the product leaves (Dekker 1971), rounded last: wrong by one bit at most,
+    and without the rest where parts of a or b overflow."""
+    product = a * b
+    total = product + c
+    high_a, high_b = (x * 134217729.0 - (x * 134217729.0 - x) for x in (a, b))
+    low_a, low_b = a - high_a, b - high_b
+    rest = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
+    part = total - product
+    rest += (product - (total - part)) + (c - part)
+    return np.where(np.isfinite(rest), total + rest, total)
+
+
+def rough_reciprocal(a: np.ndarray) -> np.ndarray:
+    """1 / a in the upper half of a float64, as little as rcp.approx.ftz.f64 promises; denormals count as 0."""
+    wide = 1 / flush(a)
+    return (wide.view(np.int64) & np.int64(-1 << 32)).view(np.float64)
+
+
+def flush(a: np.ndarray) -> np.ndarray:
+    """Denormals as zeros of their sign."""
+    return np.where(np.abs(a) < np.finfo(a.dtype).tiny, np.copysign(a.dtype.type(0), a), a)
+
+
+def power_of_two(a: np.ndarray) -> np.ndarray:
+    return np.exp2(a.astype(np.float64)).astype(np.float32)
+
+
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Towards zero, as integers are divided; by 0 anything."""
     safe = np.where(b == 0, 1, b)
@@ -128,8 +156,12 @@ FUNCTIONS = {
     r"(add|sub|min|max|div)\.([us]\d+)": lambda op, t: ([t, t], t, INTEGER[op]),
     r"(and|or|xor)\.(b\d+|pred)": lambda op, t: ([t, t], t, INTEGER[op]),
     r"(abs|neg)\.([sf]\d+)": lambda op, t: ([t], t, UNARY[op]),
+    r"abs\.ftz\.(f32)": lambda t: ([t], t, lambda a: np.abs(flush(a))),
+    r"fma\.rn\.ftz\.(f32)": lambda t: ([t] * 3, t, lambda a, b, c: flush(fma(flush(a), flush(b), flush(c)))),
     r"(not)\.(b\d+|pred)": lambda op, t: ([t], t, UNARY[op]),
     r"fma\.rn\.(f32)": lambda t: ([t] * 3, t, fma),
+    r"fma\.rn\.(f64)": lambda t: ([t] * 3, t, fma_double),
+    r"rcp\.approx\.ftz\.(f64)": lambda t: ([t], t, rough_reciprocal),
     r"mul\.lo\.([us]\d+)": lambda t: ([t, t], t, np.multiply),
     r"mul\.hi\.([us]32)": lambda t: ([t, t], t, high_product),
     r"mad\.lo\.([us]\d+)": lambda t: ([t] * 3, t, lambda a, b, c: a * b + c),
@@ -153,7 +185,8 @@ FUNCTIONS = {
     r"mov\.([busf]\d+|pred)": lambda t: ([t], t, lambda a: a),
     r"sqrt\.rn\.(f32)": lambda t: ([t], t, np.sqrt),
     r"rsqrt\.approx\.ftz\.(f32)": lambda t: ([t], t, lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(np.float32)),
-    r"ex2\.approx\.(f32)": lambda t: ([t], t, lambda a: np.exp2(a.astype(np.float64)).astype(np.float32)),
+    r"ex2\.approx\.(f32)": lambda t: ([t], t, power_of_two),
+    r"ex2\.approx\.ftz\.(f32)": lambda t: ([t], t, lambda a: flush(power_of_two(flush(a)))),
     r"cvt\.(?:(r\w+)\.)?([usf]\d+)\.([usf]\d+)": lambda r, to, source: ([source], to, convert(r, to, source)),
 }
 FUNCTIONS = {re.compile(pattern): build for pattern, build in FUNCTIONS.items()}

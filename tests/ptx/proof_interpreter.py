@@ -206,3 +206,23 @@ def test_integers():
     assert not of("setp.ne.f32", math.nan, 1.0)
     assert of("setp.neu.f32", math.nan, 1.0)
     assert of("max.f32", math.nan, 1.0) == 1.0
+
+
+def test_fused_products_of_float64():
+    """Against rational numbers, also where the product and the sum cancel; at most the last bit is wrong."""
+    drawn = np.random.default_rng(5).standard_normal((3, 200)) * 2.0 ** np.arange(-100, 100)
+    a, b, c = (np.concatenate([row, row]) for row in drawn)
+    c[200:] = -(a * b)[200:]
+    found = alu.compute("fma.rn.f64")[2](a, b, c)
+    exact = np.array([float(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(a, b, c, strict=True)])
+    assert (np.abs(found - exact) <= np.spacing(np.abs(exact))).all()
+    assert (exact[200:] != 0).any()
+
+
+def test_denormals_are_flushed_where_an_opcode_says_so():
+    least = np.float32(1e-40)
+    assert alu.compute("abs.ftz.f32")[2](least) == 0
+    assert alu.compute("fma.rn.ftz.f32")[2](np.float32(1e-30), np.float32(1e-10), least) == 0
+    assert alu.compute("fma.rn.f32")[2](np.array(1e-30, "f4"), np.array(1e-10, "f4"), np.array(0, "f4")) > 0
+    assert alu.compute("ex2.approx.ftz.f32")[2](np.float32(-130)) == 0
+    assert alu.compute("rcp.approx.ftz.f64")[2](np.array(3.0)) == pytest.approx(1 / 3, rel=2**-20)

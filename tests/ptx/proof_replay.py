@@ -7,11 +7,13 @@ import torch
 
 from ptx.launch import interpreted
 from script_kernels import testing
-from script_kernels.options import GspOptions, PruneOptions
+from script_kernels.options import GspOptions, PruneOptions, QcspOptions
 from script_kernels.triton.bipartite_match import launch_bipartite_match
 from script_kernels.triton.dpp_map import launch_dpp_map
 from script_kernels.triton.gsp import launch_gsp
 from script_kernels.triton.kernels import plan, replay
+from script_kernels.triton.max_min import launch_max_min
+from script_kernels.triton.mmr import launch_mmr
 from script_kernels.triton.prune import launch_prune
 from script_kernels.triton.prune_varlen import launch_prune_varlen
 from script_kernels.triton.qcsp import launch_qcsp
@@ -28,6 +30,10 @@ def kernel(seed, n):
     return testing.kernel64(tokens(seed, 1, n, 24), testing.make_relevance(1, n, seed=seed)).float()
 
 
+def ranked(seed, b, n, d):
+    return tokens(seed, b, n, d), testing.make_relevance(b, n, seed=seed)
+
+
 def bounds(*ends):
     return torch.tensor(ends, dtype=torch.int32)
 
@@ -39,7 +45,12 @@ CALLS = {
     "gsp": (launch_gsp, lambda s: (tokens(s, 1, 21, 20), 9, GspOptions(rounds=2))),
     "dpp_map": (launch_dpp_map, lambda s: (kernel(s, 40), 7)),
     "dpp_map shared": (launch_dpp_map, lambda s: (kernel(s, 100), 5)),
-    "qcsp": (launch_qcsp, lambda s: (tokens(s, 1, 40, 20), testing.make_relevance(1, 40, seed=s), 6)),
+    "qcsp": (launch_qcsp, lambda s: (*ranked(s, 1, 40, 20), 6)),
+    "qcsp, options": (launch_qcsp, lambda s: (*ranked(s, 1, 40, 20), 6, QcspOptions(power=3.0, normalize=False))),
+    "qcsp, ridge": (launch_qcsp, lambda s: (*ranked(s, 2, 30, 20), 5, QcspOptions(ridge=0.1))),
+    "max_min": (launch_max_min, lambda s: (*ranked(s, 2, 30, 20), 5)),
+    "max_min of tokens": (launch_max_min, lambda s: (tokens(s, 1, 30, 20), None, 5)),
+    "mmr": (launch_mmr, lambda s: (*ranked(s, 2, 30, 20), 5, 0.3)),
     "prune": (launch_prune, lambda s: (tokens(s, 2, 30, 20), tokens(s + 9, 1, 3, 20), 6, PruneOptions())),
     "largest": (
         launch_prune,
@@ -58,7 +69,8 @@ CALLS = {
 }
 CALLS["qcsp of tokens"] = CALLS["qcsp"]
 OPTIONS = {"dpp_map shared": {"columns": 64}, "qcsp of tokens": {"columns": 512, "matrix_free": True}}
-SLOW = {"varlen", "dpp_map shared", "relevance", "qcsp", "largest", "union"}
+OPTIONS["max_min of tokens"] = OPTIONS["qcsp of tokens"]
+SLOW = {"varlen", "dpp_map shared", "relevance", "qcsp", "largest", "union", "qcsp, ridge", "max_min of tokens"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[slow] if name in SLOW else []) for name in CALLS])

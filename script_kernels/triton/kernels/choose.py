@@ -5,7 +5,6 @@ a time, no sort), drops what lies above it and, among the equal, the highest ind
 Every round has a size known beforehand, so nothing returns to the host.
 """
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ import triton.language as tl
 
 from script_kernels.options import GspOptions
 
-from .layout import Layout, from_order_key, launch, locate, order_key, saturate, segment
+from .layout import Layout, double_bits, from_order_key, launch, locate, order_key, saturate, segment
 from .pairs import FIXED, launch_match, round_sizes
 from .rows import Rows
 
@@ -301,11 +300,6 @@ def place_kernel(
     b_limit = tl.minimum(tl.ceil(b_keep.to(tl.float64) * share), N.to(tl.float64)).to(tl.int32)
     tl.store(p_counts + i_from + o_s, b_keep, mask=m_s)
     tl.store(p_limits + i_from + o_s, b_limit, mask=m_s)
-
-
-def double_bits(value: float) -> int:
-    """The 64 bits of a double as a signed integer: kernel arguments that are floats would arrive in fp32."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def launch_finish(sums: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:

@@ -52,6 +52,7 @@ from .steps import (
     flags_of,
     initial_residual,
     publish,
+    reported,
     residual_after,
 )
 
@@ -75,7 +76,8 @@ def greedy_kernel(
     p_order,  # relevance, one per token, or None: the diagonal of L
     p_inv,  # fp32, one per token: row statistics, or None with L's own diagonal
     p_scale,  # fp32, one per token: row statistics, or None with L in memory
-    p_unit,  # fp32 [S]: gains are squares of it, or None
+    p_unit,  # fp32 [S]: residuals are gains in squares of it; fp64 [S, 3]: unit of a gain, what is added to the first
+    # and to others (0 for bad tokens all the same); or None
     p_own,  # fp32, one per token: cosine with itself as products give it; written with tokens; None without relevance
     p_start,  # fp32, one per token: what the residuals start from, NaN for bad tokens; None: L_ii
     p_weight,  # fp32, one per token: what rows of L are weighted with, or None: p_order
@@ -198,9 +200,6 @@ def greedy_kernel(
             exhausted = tl.load(p_state + 2)
             count = tl.load(p_state + 3)
             top = tl.load(p_state + 4).to(tl.float32, bitcast=True)
-    unit = tl.full([], 1.0, tl.float32)
-    if p_unit is not None:
-        unit = tl.load(p_unit + i_s)
     b_own = b_residual
     if p_kernel is None:
         if round_from < 0:
@@ -260,7 +259,7 @@ def greedy_kernel(
         else:
             if i_g == 0:
                 tl.store(p_i + t, j.to(tl.int64))
-                tl.store(p_g + t, tl.where(ranked, gain * unit * unit, 0.0))
+                tl.store(p_g + t, tl.where(ranked, reported(gain, level, t, p_unit, i_s), 0.0))
             b_residual = tl.where(o_n == j, TAKEN, b_residual)
             if BX > 0:
                 x_residual = tl.where(x_n == j, TAKEN, x_residual)
@@ -386,9 +385,9 @@ def launch_greedy(
     order: relevance, one per token, with `rows`; or, without them, the kernel itself, whose diagonal is then used.
     kernel: L (B, N, N), of any strides where it is the order, or (T, W) of packed segments, in rows as `launch_pairs`
     leaves them, with its `own`; tokens: for a stage that makes the rows of L of them. unit: (S,) fp32, of the
-    relevance: gains come in squares of it. start: fp32 per token, the residuals to start from in place of L_ii, NaN for
-    bad tokens; weight: what the rows of L are weighted with in place of the order. nearest: offset and slope per token,
-    for a choice by the nearest pick: L is then S.
+    relevance: gains come in squares of it; or (S, 3) fp64, as weights.py makes it. start: fp32 per token, the residuals
+    to start from in place of L_ii, NaN for bad tokens; weight: what the rows of L are weighted with in place of the
+    order. nearest: offset and slope per token, for a choice by the nearest pick: L is then S.
     tier: bool per token, True goes first. stop, need: end after `need` picks for which `stop` holds (for packed
     segments an int32 tensor). limits: int32 picks per packed segment. `out` is written in place of new tensors.
     """

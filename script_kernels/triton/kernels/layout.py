@@ -10,6 +10,7 @@ altogether; a program whose slot lies behind the end of its segment returns at o
 What a kernel can do without is passed as None: Triton compiles a variant without it, as it would for a flag.
 """
 
+import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,11 @@ def saturate(x: float) -> float:
     """A parameter within fp32, which is what kernels take: as an infinity it would make NaN of a product with 0."""
     largest = torch.finfo(torch.float32).max
     return min(max(x, -largest), largest)
+
+
+def double_bits(value: float) -> int:
+    """The 64 bits of a double as a signed integer: kernel arguments that are floats would arrive in fp32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @triton.jit

@@ -23,10 +23,12 @@ def largest_kernel(
     p_y,  # (S or 1, M, D) vectors, or None: the tokens of the image but the one itself
     p_inv_y,
     p_scale_y,
-    p_counts,  # uint8, not 0 where a vector or token counts, or None
+    p_counts,  # uint8, not 0 where a vector counts, or None
+    p_weight,  # fp32, one per token, NaN where it does not count; without vectors
     p_kernel,  # fp32 S in rows of 16 * row16, or None: products are taken here
     p_own,  # fp32, one per token: cosine with itself as in S
-    p_out,  # fp32, one per token; with vectors the scores, +inf where a token is bad in itself
+    p_out,  # fp32, one per token; with vectors the scores, +inf where a token is bad in itself; else p_weight times the
+    # distance
     p_range,  # int32 (S, 2), or None: order keys of the lowest and highest score
     p_cu,
     strides,
@@ -84,16 +86,17 @@ def largest_kernel(
                 b_dot += dot_tile(p_m + i_d, m_m, b_scale_m, p_n + i_d, m_n, b_scale_n, strides[2], d, BM, BN, BD, TF32)
             b_cos = cosine_tile(b_dot, b_inv_m, b_inv_n)
         if p_y is None:
-            m_pair = m_pair & (o_m[:, None] != o_n[None, :])
-        if p_counts is not None:
-            p_flag = p_counts + first + o_n
-            if p_y is not None:
-                p_flag = p_counts + i_image * strides_c[0] + o_n * strides_c[1]
+            b_weight = tl.load(p_weight + first + o_n, mask=m_n, other=float("nan"))
+            m_pair = m_pair & (o_m[:, None] != o_n[None, :]) & (tl.abs(b_weight) < float("inf"))[None, :]
+        elif p_counts is not None:
+            p_flag = p_counts + i_image * strides_c[0] + o_n * strides_c[1]
             m_pair = m_pair & (tl.load(p_flag, mask=m_n, other=0) != 0)[None, :]
         b_top = tl.maximum(b_top, tl.max(tl.where(m_pair, b_cos, NONE), axis=1))
 
     if p_y is None:
-        tl.store(p_out + first + o_m, tl.maximum(b_top, -1.0), mask=m_m)
+        b_near = tl.maximum(b_top, -1.0)  # also without any other
+        b_weight = tl.load(p_weight + first + o_m, mask=m_m, other=0.0)
+        tl.store(p_out + first + o_m, b_weight * tl.maximum(1.0 - b_near, 0.0), mask=m_m)
     else:
         b_score = tl.where(b_top == NONE, 0.0, b_top) * sign
         m_ranged = m_m & (b_inv_m >= 0.0)
@@ -166,7 +169,7 @@ def launch_query_scores(
         mask = query_mask.view(torch.uint8)
         strides_m = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
     strides_q = (vectors * width if batch > 1 else 0, width, 1)
-    found = (rows.inv_norm, rows.scale, query, of_query.inv_norm, of_query.scale, mask, None, None, score, reach)
+    found = (rows.inv_norm, rows.scale, query, of_query.inv_norm, of_query.scale, mask, *[None] * 3, score, reach)
     run(beside(space), layout, *found, strides_q, strides_m, others=vectors, sign=-1.0 if negate else 1.0)
 
 
@@ -202,17 +205,17 @@ def launch_alone(
     tokens: torch.Tensor,
     layout: Layout,
     rows: Rows,
-    good: torch.Tensor,
+    weight: torch.Tensor,
     kernel: torch.Tensor | None,
     own: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The largest cosine of each token with the other `good` ones of its image, -1 without any; (rows,) fp32.
+    """Each token's weight times its distance to the nearest other one of its image, 2 without any; (rows,) fp32.
 
-    kernel, own: S as `launch_pairs` leaves it; without it products are taken anew.
+    weight: (rows,) fp32, NaN where a token takes no part. kernel, own: S as `launch_pairs` leaves it; without
+    it products are taken anew.
     """
     out = torch.empty_like(rows.inv_norm)
-    flags = good.contiguous().view(torch.uint8)
     row16 = 0 if kernel is None else kernel.shape[-1] // 16
-    found = (rows.inv_norm, rows.scale, None, None, None, flags, kernel, own, out, None)
+    found = (rows.inv_norm, rows.scale, *[None] * 4, weight, kernel, own, out, None)
     run(beside(tokens), layout, *found, (0, 1, 1), (0, 0), row16=row16)
     return out

@@ -10,6 +10,7 @@ from .rows import widen
 
 # In the place of a residual, which is never negative
 BAD = tl.constexpr(-1.0)  # a token with NaN or Inf
+LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 TAKEN = tl.constexpr(-2.0)  # a token that is picked or does not exist
 
 
@@ -90,6 +91,22 @@ def best_of_all(p_slots, i_round, n_slots, i_slot, best, n_g, p_progress, BG: tl
             tl.debug_barrier()
         best = tl.max(b_keys, axis=0)
     return best
+
+
+@triton.jit
+def reported(gain, level, t, p_unit, i_s):
+    """What the caller gets as the gain of pick t, whose residual was `gain`: see `p_unit` of the kernel."""
+    if p_unit is not None:
+        if p_unit.dtype.element_ty == tl.float64:
+            p_image = p_unit + 3 * i_s
+            wide = tl.where(gain > 0.0, gain.to(tl.float64) * tl.load(p_image), 0.0)
+            wide += tl.load(p_image + tl.where(t == 0, 1, 2))
+            wide = tl.minimum(tl.maximum(wide, -LARGEST), LARGEST)
+            gain = tl.where(level > 1, wide, 0.0).to(tl.float32)
+        else:
+            unit = tl.load(p_unit + i_s)
+            gain = gain * unit * unit
+    return gain
 
 
 @triton.jit

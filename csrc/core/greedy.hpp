@@ -129,8 +129,10 @@ class Panels {
         late_[late++] = static_cast<int32_t>(p);
       }
       if (due == 0) {
-        // A first pivot on its own takes residuals down from where they start, which says nothing of the next: a guess.
-        fall_ = pivots_ == 1 ? 0.9f : first_worst > 0.0f ? worst / first_worst : 1.0f;
+        // A first pivot on its own takes residuals down from where they start, which says nothing of the next. A guess;
+        // but of few panels, one that need not be brought up to date is worth more than a search.
+        const float guess = count_ < 16 ? 1.0f : 0.9f;
+        fall_ = pivots_ == 1 ? guess : first_worst > 0.0f ? worst / first_worst : 1.0f;
         std::sort(heap, heap + size);
         return size;
       }

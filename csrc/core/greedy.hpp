@@ -170,7 +170,7 @@ class Panels {
               });
   }
 
-  // The same by residuals as they stand, from the panels of largest bound; a heap only if all that are wanted are there.
+  // The same by residuals as they stand, from the panels of largest bound. A heap only if as many as wanted are there.
   int64_t look_for_candidates(uint8_t tier, int64_t wanted, Candidate* heap) {
     const float* residual = factor_.residual;
     std::copy_n(bound_, pad_to_panel(count_), unseen_);

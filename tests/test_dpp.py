@@ -72,6 +72,22 @@ def test_dpp_map_at_full_size(backend):
     assert_greedy(indices, gains, kernel64, kernel64.diagonal(dim1=1, dim2=2), bad)
 
 
+# Beyond 2 million Cholesky entries the CPU takes rows of the kernel another way.
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("kind", ["powerlaw", "clustered"])
+def test_dpp_map_of_a_kernel_far_from_the_caches(kind, columns):
+    n, k, rank = 3500, 610, 500
+    kernel = testing.kernel64(testing.make_tokens(kind, 1, n, rank), 0.2 + testing.make_relevance(1, n)).float()
+    kernel[0, [11, 700], [11, 700]] = math.nan
+    kernel64 = testing.kernel64_of(kernel)
+    kernel = kernel.mT.contiguous().mT if columns else kernel
+    indices, gains = torch.ops.script.dpp_map(kernel, k)
+    bad = torch.zeros(1, n, dtype=torch.bool)
+    bad[0, [11, 700]] = True
+    assert_greedy(indices, gains, kernel64, kernel64.diagonal(dim1=1, dim2=2), bad)
+    assert (gains[0, -20:] == 0).all()  # past the rank
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", testing.ADVERSARIAL)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

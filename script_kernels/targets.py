@@ -35,9 +35,7 @@ SHARED_LIMITS = {
     "gfx942": 65536,
 }
 TARGETS = tuple(SHARED_LIMITS)
-REGISTERS = (
-    65536  # of a multiprocessor of any of NVIDIA's targets; a block gets them for 8 registers of a warp at a time
-)
+REGISTERS = 65536  # of a multiprocessor, on any of NVIDIA's targets; a thread gets them eight at a time
 
 
 @dataclass(frozen=True)

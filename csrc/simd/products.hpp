@@ -31,7 +31,7 @@ inline void transpose(Vec (&v)[kFloats]) {
 // hardware to see it.
 constexpr int64_t kPackChunk = 512;
 
-constexpr int kLineVectors = 16 / kFloats;  // of a line of the panel
+constexpr int kLineVectors = kLine / 4 / kFloats;  // of a line of the panel
 // How far ahead of them the panel's lines are fetched: often the caches have them no more, and a store waits for that.
 constexpr int64_t kStepsToStore = 64;
 

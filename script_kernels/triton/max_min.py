@@ -3,8 +3,6 @@
 One launch more than qcsp finds each token's nearest other one, for the first pick.
 """
 
-from typing import Any
-
 import torch
 
 from .kernels.greedy import launch_greedy
@@ -37,12 +35,7 @@ def launch_max_min(
     if not stage.features:
         _, kernel, own = launch_pairs(tokens, layout, rows, ones, width=layout.n, clear=clear)
     start = launch_alone(tokens, layout, rows, weight, kernel, own)
-    steps: dict[str, Any] = {
-        "kernel": kernel,
-        "tokens": tokens,
-        "own": own,
-        "unit": unit,
-        "start": start,
-        "nearest": (weight, weight),
-    }
-    return launch_greedy(layout, ones, k, stage, rows, **steps)
+    nearest = (weight, weight)
+    return launch_greedy(
+        layout, ones, k, stage, rows, kernel=kernel, tokens=tokens, own=own, unit=unit, start=start, nearest=nearest
+    )

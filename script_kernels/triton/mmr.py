@@ -1,7 +1,5 @@
 """Maximal marginal relevance: the greedy steps of qcsp on S, with the nearest pick in place of a factor."""
 
-from typing import Any
-
 import torch
 
 from .kernels.greedy import launch_greedy
@@ -29,16 +27,11 @@ def launch_mmr(
     if stage.features:
         clear.zero_()
     rows = launch_rows(tokens, layout)
-    start, *nearest, ones, unit = mmr_weights(relevance, balance, layout, rows)
+    start, offset, slope, ones, unit = mmr_weights(relevance, balance, layout, rows)
     kernel, own = None, None
     if not stage.features:
         _, kernel, own = launch_pairs(tokens, layout, rows, ones, width=layout.n, clear=clear)
-    steps: dict[str, Any] = {
-        "kernel": kernel,
-        "tokens": tokens,
-        "own": own,
-        "unit": unit,
-        "start": start,
-        "nearest": nearest,
-    }
-    return launch_greedy(layout, ones, k, stage, rows, **steps)
+    nearest = (offset, slope)
+    return launch_greedy(
+        layout, ones, k, stage, rows, kernel=kernel, tokens=tokens, own=own, unit=unit, start=start, nearest=nearest
+    )

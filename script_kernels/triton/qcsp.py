@@ -5,8 +5,6 @@ step computes the one row of L that it needs from the tokens, spread over the pr
 rows or a ridge, weights and diagonal of the kernel are made first, one number per token.
 """
 
-from typing import Any
-
 import torch
 
 from script_kernels.options import QcspOptions
@@ -51,12 +49,6 @@ def launch_qcsp(
     if not stage.features:
         weights = relevance if weight is None else weight
         _, kernel, own = launch_pairs(tokens, layout, rows, weights, width=layout.n, clear=clear)
-    steps: dict[str, Any] = {
-        "kernel": kernel,
-        "tokens": tokens,
-        "own": own,
-        "unit": unit,
-        "start": start,
-        "weight": weight,
-    }
-    return launch_greedy(layout, relevance, k, stage, rows, **steps)
+    return launch_greedy(
+        layout, relevance, k, stage, rows, kernel=kernel, tokens=tokens, own=own, unit=unit, start=start, weight=weight
+    )

@@ -35,14 +35,29 @@ class Gpu:
 
 H100 = Gpu()
 
-# Columns of a program -> warps, rows of C in a chunk, instructions of a warp (sm_90) for a chunk of whole rows, and for
-# all else that a pick takes: what is left of the rows, the pick itself, the keys.
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Rows of C that a program takes at once, counted in machine code for sm_90."""
+
+    warps: int
+    rows: int  # whose C[:, j] is asked for at once
+    instructions: int  # of a warp for these rows
+    others: int  # for all else that a pick takes: what is left of the rows, the pick itself, the keys
+    # Of programs that share an image and ask for two chunks at once: cycles of a warp for them by the control codes,
+    # waits for L2 and L1 included; and instructions and cycles for the last chunk where their number is odd
+    cycles: int = 0
+    half: int = 0
+    half_cycles: int = 0
+
+
+# By the columns of a program
 CHUNKS = {
-    64: (2, 64, 106, 586),
-    256: (4, 32, 100, 657),
-    640: (4, 12, 95, 741),
-    1024: (8, 12, 78, 599),
-    2048: (8, 8, 106, 1180),
+    64: Chunk(2, 112, 180, 638, 820, 171, 632),
+    256: Chunk(4, 32, 100, 657),
+    640: Chunk(4, 12, 95, 742),
+    1024: Chunk(8, 12, 78, 599),
+    2048: Chunk(8, 8, 106, 1180),
 }
 # Kind of tokens -> bytes, side of a tile, columns of a step, products of a tensor core in one of ours, warps,
 # instructions of a warp (sm_90) for a step.
@@ -66,19 +81,34 @@ class Step:
 
 def greedy(columns: int, slots: int, images: int, n: int, picks: int) -> Step:
     """The picks of one image; images run side by side."""
-    warps, chunk, instructions, others = CHUNKS[columns]
+    chunk = CHUNKS[columns]
     shared = slots > 1
     rounds = math.ceil(images * slots / H100.processors) if not shared else 1
-    turns = max(warps / H100.issue, 1.0)
-    # The rows of a column are one chain of sums: with few columns in a thread that, and not the issue, is the limit
-    per_chunk = max(instructions * turns, chunk * H100.dependent) / H100.clock
+    turns = max(chunk.warps / H100.issue, 1.0)
+
+    def seconds(instructions: int, products: int) -> float:
+        # The rows of a column are one chain of sums: with few columns in a thread that, and not the issue, is the limit
+        return max(instructions * turns, products * H100.dependent) / H100.clock
+
     issued = waited = fetched = 0.0
     for m in range(picks):
-        issued += m // chunk * per_chunk + max(others * turns, m % chunk * H100.dependent) / H100.clock
-        # A chunk's loads come back together, and with one of them L[j], which is asked for before. A program that
-        # shares no image has read all rows but the last before.
-        waited += H100.l2_trip + STEP_BARRIERS * H100.barrier
-        waited += max(math.ceil(m / chunk) - 1, 0) * (H100.l2_trip if shared or 4 * n * m > H100.l1 else H100.l1_trip)
+        whole, left = divmod(m, chunk.rows)
+        issued += whole * seconds(chunk.instructions, chunk.rows)
+        waited += STEP_BARRIERS * H100.barrier
+        if shared and chunk.cycles:
+            waited += whole * (chunk.cycles / H100.clock - seconds(chunk.instructions, chunk.rows))
+            if left >= chunk.rows // 2:  # what is left behind it is asked for with it
+                left -= chunk.rows // 2
+                issued += seconds(chunk.half, chunk.rows // 2)
+                waited += chunk.half_cycles / H100.clock - seconds(chunk.half, chunk.rows // 2)
+            elif left or not m:
+                waited += H100.l2_trip
+        else:
+            # A chunk's loads come back together, and with one of them L[j], which is asked for before. A program that
+            # shares no image has read all rows but the last before.
+            far = shared or 4 * n * m > H100.l1
+            waited += H100.l2_trip + max(math.ceil(m / chunk.rows) - 1, 0) * (H100.l2_trip if far else H100.l1_trip)
+        issued += seconds(chunk.others, left)
         if shared:  # the fence until the row is in L2, the exchange, the poll that sees it
             waited += 3 * H100.l2_trip
         fetched += 4 * (m + 1) * n * images

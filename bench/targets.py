@@ -37,7 +37,8 @@ MICROSECONDS: dict[tuple[str, Row, int, str], float] = {
     **{("dpp_map", Row(batch, 576, 64), 1024, "float32"): 60 for batch in (1, 8, 32)},
     ("dpp_map", Row(1, 2880, 320), 1024, "float32"): 600,
     ("dpp_map", Row(1, 8192, 640), 1024, "float32"): 2000,
-    ("prune", ONE, 4096, "bfloat16"): 150,
+    ("prune", ONE, 4096, "bfloat16"): 140,
+    ("prune", Row(1, 2880, 320), 4096, "bfloat16"): 1100,
     ("prune", Row(5, 576, 32), 4096, "bfloat16"): 200,
 }
 FASTER_ON_GPU = {

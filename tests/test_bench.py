@@ -172,7 +172,7 @@ def test_a_gpus_targets_are_judged_by_its_graphs() -> None:
         result("dpp_map", "ours graph", Row(1, 576, 64), 60e-6),
         result("dpp_map", "eager graph", Row(1, 576, 64), 479e-6),
         result("dpp_map", "ours graph", Row(8, 576, 64), 61e-6),
-        result("prune", "ours graph", Row(1, 576, 64), 149e-6, **wide),
+        result("prune", "ours graph", Row(1, 576, 64), 139e-6, **wide),
         result("prune", "ours graph", Row(1, 576, 64), 1e-6),
         result("prune", "ours graph", Row(5, 576, 32), 250e-6, **wide),
         result("prune", "ours", Row(1, 576, 64), 100e-6, **wide),

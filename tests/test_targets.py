@@ -6,6 +6,7 @@ Other tests of the process may have turned Triton's interpreter on, so whatever 
 import re
 
 import pytest
+import sass
 from compiled_targets import ROOT, run
 
 from bench.model import CHUNKS
@@ -126,28 +127,34 @@ def exchange_faults(code):
 # Variant -> instructions of a warp (sm_90) for a chunk of rows of C, and for all else of a pick; `bench.model` counts
 # with those of images.
 LOOPS = {
-    "64 stop of 128": CHUNKS[64][2:],
-    "256 tiers of 128": CHUNKS[256][2:],
-    "640 stop of 1": CHUNKS[640][2:],
-    "1024 stop of 1": CHUNKS[1024][2:],
-    "2048 stop of 32": CHUNKS[2048][2:],
     "64 packed of 128": (166, 663),
-    "1024 packed tiers of 128": (114, 877),
+    "1024 packed tiers of 128": (114, 879),
+    **{
+        name: (chunk.instructions, chunk.others + chunk.half)
+        for name, chunk in {
+            "64 stop of 128": CHUNKS[64],
+            "256 tiers of 128": CHUNKS[256],
+            "640 stop of 1": CHUNKS[640],
+            "1024 stop of 1": CHUNKS[1024],
+            "2048 stop of 32": CHUNKS[2048],
+        }.items()
+    },
 }
+# Of those that ask for two chunks at once: the model counts the waits as well
+TWICE = {"64 stop of 128": CHUNKS[64]}
 
 
-def loops(text):
-    """Of the loops that multiply: instructions of the shortest, a chunk of whole rows of C, and of the longest, the
-    pick, without it."""
-    code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
-    found = []
-    for at, line in code:
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
-        if target and int(target[1], 16) < at:
-            body = [other for where, other in code if int(target[1], 16) <= where <= at]
-            if sum("FFMA" in other for other in body) >= 4:
-                found.append(len(body))
-    return min(found), max(found) - min(found)
+def assert_asked_at_once(code, chunk):
+    """C[:, j] of all rows of a chunk is asked for before the first is used; waits are those that the model counts."""
+    body = sass.loops(code)[0]
+    far = [i for i, x in enumerate(body) if "LDG.E.128.STRONG.GPU" in x.text]
+    assert 4 * len(far) == chunk.rows
+    assert far[-1] < next(i for i, x in enumerate(body) if "FFMA" in x.text)
+    assert 0.95 * chunk.cycles <= sass.cycles(body, 3) <= chunk.cycles
+    others = [x for x in sass.blocks(code) if x[0] not in body and sass.products(x) >= 32]
+    half = max(others, key=lambda block: sum("STRONG" in x.text for x in block))  # that and what is left
+    assert 0.95 * chunk.half <= len(half) <= chunk.half
+    assert 0.95 * chunk.half_cycles <= sass.cycles(half) <= chunk.half_cycles
 
 
 def test_machine_code_of_the_exchange():
@@ -164,10 +171,14 @@ def test_machine_code_of_the_exchange():
         expected = ["no exchange", "polls that L1 may serve", "entries of C that L1 may serve"]
         assert exchange_faults(code) == (expected if variant.endswith("of 1") else []), (variant, target)
         if variant in LOOPS:  # fewer are welcome, and then the table and the model have to learn of it
-            for counts, most in zip(loops(text), LOOPS[variant], strict=True):
-                assert counts <= most, (variant, target, loops(text))
-                assert counts >= 0.95 * most or target == "sm_80", (variant, loops(text))
+            found_loops = sass.loops(sass.parse(text))
+            chunk, pick = len(found_loops[0]), len(found_loops[-1])
+            for counts, most in zip((chunk, pick - chunk), LOOPS[variant], strict=True):
+                assert counts <= most, (variant, target, chunk, pick)
+                assert counts >= 0.95 * most or target == "sm_80", (variant, chunk, pick)
             counted.add(variant)
+        if variant in TWICE and target == "sm_90":
+            assert_asked_at_once(sass.parse(text), TWICE[variant])
     assert counted == set(LOOPS)
     code = next(text for text in found if text.startswith("64 stop of 128 sm_90"))
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code)

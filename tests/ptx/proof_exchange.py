@@ -35,6 +35,36 @@ def test_programs_that_wait_for_each_other(n, columns, seed):
     test_dpp.assert_greedy(indices, gains, kernel64, kernel64.diagonal(dim1=1, dim2=2), good)
 
 
+def small_chunks(monkeypatch):
+    """Chunks of 8 rows of C, so that few picks meet all that `project` does: two at once, one with what is left, that
+    alone."""
+    monkeypatch.setitem(plan.ASKED_TWICE, 64, 8)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_of_others_asked_for_at_once(seed, monkeypatch):
+    small_chunks(monkeypatch)
+    kernel = matrix(130)
+    with interpreted(seed=seed):
+        indices, gains = launch_dpp_map(kernel, 38, columns=64)
+    kernel64 = testing.kernel64_of(kernel)
+    test_dpp.assert_greedy(
+        indices, gains, kernel64, kernel64.diagonal(dim1=1, dim2=2), torch.zeros(1, 130, dtype=torch.bool)
+    )
+
+
+@slow
+def test_rows_of_others_in_chunks_of_full_size():
+    tokens, relevance = testing.make_tokens("photo", 1, 200, 256), testing.make_relevance(1, 200)
+    kernel = testing.kernel64(tokens, relevance).float()
+    with interpreted(seed=1):
+        indices, gains = launch_dpp_map(kernel, 199, columns=64)
+    kernel64 = testing.kernel64_of(kernel)
+    test_dpp.assert_greedy(
+        indices, gains, kernel64, kernel64.diagonal(dim1=1, dim2=2), torch.zeros(1, 200, dtype=torch.bool)
+    )
+
+
 @slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["rank3", "bad_rows", "zero_rows", "all_bad"])

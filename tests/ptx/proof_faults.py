@@ -7,7 +7,7 @@ import torch
 
 from ptx.launch import PtxBackend, interpreted
 from ptx.memory import OutsideError, PtxError, RaceError, StuckError
-from ptx.proof_exchange import matrix
+from ptx.proof_exchange import matrix, small_chunks
 from script_kernels import testing
 from script_kernels.triton.dpp_map import launch_dpp_map
 
@@ -29,10 +29,10 @@ def replaced(kernel, pattern, by, which=None):
     return edit, planted
 
 
-def exchange(edit, planted, n=130, columns=64, **options):
+def exchange(edit, planted, n=130, columns=64, picks=8, **options):
     with interpreted(seed=2, edit=edit, **options):
         try:
-            return launch_dpp_map(matrix(n), 8, columns=columns)
+            return launch_dpp_map(matrix(n), picks, columns=columns)
         finally:
             assert planted
 
@@ -52,6 +52,34 @@ def test_no_barrier_between_polls_and_rows():
     edit, planted = replaced("greedy_kernel", pattern, r"\1", which=-1)
     with pytest.raises(RaceError, match=r"p_factor.*ld\.global\.cg"):
         exchange(edit, planted, 300, 256)
+
+
+MASKED_GROUP = r"@(%p\d+) (ld\.global\.cg\.v4)"
+
+
+@pytest.mark.parametrize("picks", [8, 16])  # what is left alone, and what is asked for with a whole chunk before it
+def test_rows_of_others_without_a_mask(picks, monkeypatch):
+    """Of neighbouring rows of C some are there, and one the program whose columns they are is writing just now."""
+    small_chunks(monkeypatch)
+    which = -1 if picks == 8 else 0
+    edit, planted = replaced("greedy_kernel", MASKED_GROUP, r"\2", which=which)
+    with pytest.raises(RaceError, match=r"p_factor.*ld\.global\.cg|p_factor.*st\.global"):
+        exchange(edit, planted, picks=picks)
+
+
+def test_one_row_of_others_too_many(monkeypatch):
+    small_chunks(monkeypatch)
+    planted = []
+
+    def edit(name, ptx):
+        for predicate, _ in re.findall(MASKED_GROUP, ptx) if name == "greedy_kernel" else []:
+            pattern = rf"(setp\.gt\.s32\s+{predicate}, %r\d+), (\d+);"
+            ptx, count = re.subn(pattern, lambda found: f"{found[1]}, {int(found[2]) - 1};", ptx)
+            planted.extend([predicate] * count)
+        return ptx
+
+    with pytest.raises(RaceError, match=r"p_factor.*ld\.global\.cg|p_factor.*st\.global"):
+        exchange(edit, planted)
 
 
 def test_weak_polls():

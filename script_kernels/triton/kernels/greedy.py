@@ -41,7 +41,7 @@ import triton.language as tl
 
 from .factor import project
 from .layout import Layout, image_of, launch, locate
-from .plan import MOST_TOKENS, Stage
+from .plan import ASKED_TWICE, MOST_TOKENS, Stage
 from .rows import Rows
 from .steps import (
     TAKEN,
@@ -115,6 +115,7 @@ def greedy_kernel(
     BX: tl.constexpr,
     BG: tl.constexpr,
     BC: tl.constexpr,
+    BJ: tl.constexpr,
     BV: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -300,7 +301,7 @@ def greedy_kernel(
                 p_new = p_g
                 if p_factor is not None:  # the row is asked for first and used last: it travels while C does
                     p_j = p_c + j // COLUMNS * panel + BV * (j % COLUMNS)
-                    b_sum, x_sum = project(p_mine, o_mine, x_mine, p_j, m, stride_c, PAST_L1, BN, BX, BV, BC)
+                    b_sum, x_sum = project(p_mine, o_mine, x_mine, p_j, m, stride_c, PAST_L1, BN, BX, BV, BC, BJ)
                     p_new = p_mine + (m // BV).to(tl.int64) * stride_c + m % BV
                 after = (own_j, gain, m, p_kernel, p_own, p_factor, p_offset, p_slope, BV)
                 b_residual = residual_after(b_residual, b_row, b_own, b_sum, p_new, o_n, at, first, m_n, *after)
@@ -343,11 +344,16 @@ def compile_options(layout: Layout, stage: Stage, device: torch.device) -> dict[
     few, many = SHARERS[0], max(SHARERS[1], 32 * num_warps)
     one = plan.grid and (layout.packed or plan.columns < 256)  # one exchange for all that share
     widths = (many,) if one else (few, many)
+    twice = plan.grid and not layout.packed and not stage.features and plan.columns in ASKED_TWICE
+    chunk = ASKED_TWICE[plan.columns] if twice else unroll
+    if device.type == "cpu":
+        chunk = min(chunk, INTERPRETER_UNROLL)
     options: dict[str, Any] = {
         "BN": whole,
         "BX": plan.columns - whole,
         "BG": next((g for g in widths if g >= sharers), triton.next_power_of_2(sharers)),
-        "BC": min(unroll, INTERPRETER_UNROLL) if device.type == "cpu" else unroll,
+        "BC": chunk,
+        "BJ": 2 * chunk if twice else chunk,
         "BV": stage.neighbours,
         "BR": FEATURE_ROWS,
         "BD": FEATURE_COLS,

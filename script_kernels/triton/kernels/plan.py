@@ -16,6 +16,9 @@ EXTRA_ROUNDS = 3  # one per level whose rank can run out
 # Columns per program -> warps, rows of C read at once, registers per thread. 640, an array of 512 and one of 128, is
 # what fits the 576 tokens of LLaVA-1.5.
 BLOCKS = {64: (2, 64, 255), 256: (4, 32, 255), 640: (4, 12, 255), 1024: (8, 12, 255), 2048: (8, 8, 255)}
+# Of these, programs that share an image and have registers to ask another's columns of C for two chunks at once -> rows
+# of such a chunk. Packed segments, whose rows lie a varying distance apart, have not.
+ASKED_TWICE = {64: 56}
 # Widths that the dispatch knows of, few, for each is a compilation: of the only program of an image, and of several
 # that share one. Packed segments have lengths that the host does not know: even a short one may count as shared.
 SINGLE, SHARED = (256, 640, 1024, 2048), (64, 256, 2048)

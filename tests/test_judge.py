@@ -230,6 +230,28 @@ def test_shares_are_of_surroundings_of_even_distances_and_of_the_rest():
         assert len(set(evenly.tolist())) == 64
 
 
+def test_the_fourth_round_is_recorded_and_leaves_the_default_by_its_rule():
+    """Rules 10 to 13 of RULE.md from the raw answers."""
+    assert evaluate.BANKS["fourth"] == "val"
+    assert evaluate.BANKS["test3"] == "test"
+    assert len({evaluate.GENERATORS[split] for split in ("val", "fourth", "test", "test2", "test3")}) == 5
+    names, chosen, runs = [s.name for s in fourth.opened()], fourth.candidate(), report.read("test3")
+    assert list(runs) == SEEDS
+    low, share = [], []
+    for run in runs.values():
+        assert list(run["settings"]) == names
+        assert list(run["keeps"]) == [128, 64, 32]
+        assert run["unpruned"].mean() > 0.85
+        ours, present = run["right"][names.index(chosen.name)], run["right"][names.index(second.DEFAULT.name)]
+        share.append(ours[1].mean() / run["unpruned"].mean())
+        mean, half = report.difference(ours[2], present[2], run["image"], 1 - 0.05 / len(names))
+        low.append(mean < -half)
+    beaten = report.unbeaten(runs)[chosen.name]
+    options, reduce = methods.settled("script", {}, None, asked=True)
+    assert (options, reduce) == (second.DEFAULT.options, second.DEFAULT.reduce)
+    assert beaten or min(share) < 0.969 or any(low)  # else the default would have to change
+
+
 def test_the_fourth_round_s_settings_answer_as_recorded():
     recorded = dict(np.load(evaluate.RESULTS / "seed0-fourth.npz"))
     given = evaluate.exam(0, "fourth", 6)

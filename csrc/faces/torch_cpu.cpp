@@ -19,6 +19,7 @@
 #include "core/prune_varlen.hpp"
 #include "core/qcsp.hpp"
 #include "core/query_relevance.hpp"
+#include "core/thread_account.hpp"
 #include "faces/torch_checks.hpp"
 
 namespace script {
@@ -99,17 +100,21 @@ class OwnedString {
 
 // cpu::Parallel on torch's pool. The pool's C interface turns an exception into a status code and loses it, so the
 // first one is carried around it.
-void parallel(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  std::atomic_flag failed = ATOMIC_FLAG_INIT;
-  std::exception_ptr error;
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    try {
-      body(begin, end);
-    } catch (...) {
-      if (!failed.test_and_set()) error = std::current_exception();
-    }
+void parallel(int64_t count, int64_t work, const cpu::Body& body) {
+  const int64_t grain = cpu::grain_for(work, cpu::simd().thread_work);
+  if (count <= grain) return cpu::serial(count, work, body);
+  cpu::split_if_it_pays(count, body, [&](const cpu::Body& timed) {
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error;
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      try {
+        timed(begin, end);
+      } catch (...) {
+        if (!failed.test_and_set()) error = std::current_exception();
+      }
+    });
+    if (error) std::rethrow_exception(error);
   });
-  if (error) std::rethrow_exception(error);
 }
 
 cpu::Threads threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel}; }

@@ -69,7 +69,7 @@ void fail_each(size_t op, const std::vector<uint8_t>& bytes, int64_t threads) {
   in.byte();
   const std::unique_ptr<fuzz::Call> call = fuzz::make_call(op, in);
   if (call->refused()) return;
-  const cpu::Threads loops = cpu::loop_threads(threads);
+  const cpu::Threads loops = cpu::loop_threads(threads, true);
   call->fill(0x5a);
   call->run(loops);
   const std::vector<char> expected = call->outputs();
@@ -126,7 +126,7 @@ void fail_each_block() {
 }
 
 void fail_threads() {
-  const cpu::Threads threads = cpu::loop_threads(8);
+  const cpu::Threads threads = cpu::loop_threads(8, true);
   // Every piece is done, whichever thread cannot be had.
   for (int64_t available = 0; available < 8; ++available) {
     threads_left = available;

@@ -1,0 +1,45 @@
+// Whether split loops are given up where they do not pay, and taken up again: the account of core/thread_account.hpp in
+// simulated time. Each scenario is a minute of loops that take 10 ms alone. Prints, a line each: its name, the time
+// that it took as a share of what it would have taken alone, and the share of loops that were split.
+#include <cstdio>
+
+#include "core/thread_account.hpp"
+
+namespace cpu = script::cpu;
+
+namespace {
+
+constexpr double kAlone = 0.010, kMinute = 60.0;
+
+// took(now, i): what the i-th split loop takes.
+template <typename Took>
+void run(const char* name, const Took& took) {
+  cpu::ThreadAccount account;
+  double now = 1000.0;
+  const double start = now;
+  int64_t loops = 0, splits = 0;
+  for (; now - start < kMinute; ++loops) {
+    if (!account.open(now)) {
+      now += kAlone;
+      continue;
+    }
+    const double time = took(now - start, splits++);
+    now += time;
+    account.enter(now, kAlone, time);
+  }
+  std::printf("%s %.4f %.4f\n", name, (now - start) / (static_cast<double>(loops) * kAlone),
+              static_cast<double>(splits) / static_cast<double>(loops));
+}
+
+}  // namespace
+
+int main() {
+  run("quiet", [](double, int64_t) { return 0.55 * kAlone; });
+  run("hiccups", [](double, int64_t i) { return i % 50 == 49 ? 1.5 * kAlone : 0.55 * kAlone; });
+  run("busy", [](double, int64_t) { return 1.4 * kAlone; });
+  // The other core is somebody else's for every second slice of time: half of the loops gain, the others lose.
+  run("shared", [](double, int64_t i) { return i % 2 == 0 ? 0.55 * kAlone : 2.0 * kAlone; });
+  run("then quiet", [](double now, int64_t) { return now < kMinute / 2 ? 1.4 * kAlone : 0.55 * kAlone; });
+  // A loss of a tenth of a millisecond a loop is worth noticing, too.
+  run("a little slower", [](double, int64_t) { return 1.01 * kAlone; });
+}

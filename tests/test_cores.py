@@ -133,6 +133,7 @@ def test_loops_are_split_where_that_pays(tmp_path: pathlib.Path) -> None:
         name: (float(time), float(split))
         for name, time, split in (line.rsplit(" ", 2) for line in done.stdout.splitlines())
     }
+    assert found["failures"] == (300, 300)
     assert found["quiet"] == (pytest.approx(0.55, abs=0.001), 1.0)
     assert found["hiccups"][0] < 0.7
     assert found["busy"][0] < 1.01

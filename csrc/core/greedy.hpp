@@ -20,7 +20,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 #include <optional>
 
 #include "packed.hpp"
@@ -163,13 +162,10 @@ class Panels {
   // The first `late` panels of late_.
   void bring_up_to_date(int64_t late) {
     const int64_t lag = pivots_ - factor_.applied[late_[0]];
-    // Panels in front lag less than others: taken in strides, the pieces of the loop take about equally long.
-    int64_t stride = std::max<int64_t>(1, late * 5 / 8);
-    while (std::gcd(stride, late) != 1) ++stride;
     parallel_(late, lag * kPanel * (source_.row_work() + factor_.entry_work(pivots_)), [&](int64_t begin, int64_t end) {
       Scratch local;
       float* entries = local.take<float>(kPanel * kPanel);
-      for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s * stride % late], entries);
+      for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
     });
   }
 

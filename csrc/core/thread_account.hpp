@@ -4,10 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <ctime>
-
-#include "parallel.hpp"
 
 namespace script::cpu {
 
@@ -35,34 +31,5 @@ class ThreadAccount {
   double closed_until_ = 0.0;
   double pause_ = kShortest;
 };
-
-namespace detail {
-
-inline double seconds(clockid_t clock) {
-  timespec time;
-  clock_gettime(clock, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-}  // namespace detail
-
-// Runs body over [0, count) by split(body), which may give pieces to other threads, as long as that pays.
-//
-// What the loop would have taken alone is what its pieces took of processors: a thread that waits for one takes
-// nothing.
-template <typename Split>
-void split_if_it_pays(int64_t count, const Body& body, const Split& split) {
-  thread_local ThreadAccount account;
-  const double start = detail::seconds(CLOCK_MONOTONIC);
-  if (!account.open(start)) return body(0, count);
-  std::atomic<int64_t> alone{0};  // ns
-  split([&](int64_t begin, int64_t end) {
-    const double before = detail::seconds(CLOCK_THREAD_CPUTIME_ID);
-    body(begin, end);
-    alone += static_cast<int64_t>(1e9 * (detail::seconds(CLOCK_THREAD_CPUTIME_ID) - before));
-  });
-  const double now = detail::seconds(CLOCK_MONOTONIC);
-  account.enter(now, 1e-9 * static_cast<double>(alone), now - start);
-}
 
 }  // namespace script::cpu

@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
-#include <exception>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -19,7 +17,7 @@
 #include "core/prune_varlen.hpp"
 #include "core/qcsp.hpp"
 #include "core/query_relevance.hpp"
-#include "core/thread_account.hpp"
+#include "core/shared_loop.hpp"
 #include "faces/torch_checks.hpp"
 
 namespace script {
@@ -98,23 +96,14 @@ class OwnedString {
 
 // ---- threads ----------------------------------------------------------------------------------------------------
 
-// cpu::Parallel on torch's pool. The pool's C interface turns an exception into a status code and loses it, so the
-// first one is carried around it.
+// cpu::Parallel on torch's pool.
 void parallel(int64_t count, int64_t work, const cpu::Body& body) {
-  const int64_t grain = cpu::grain_for(work, cpu::simd().thread_work);
-  if (count <= grain) return cpu::serial(count, work, body);
-  cpu::split_if_it_pays(count, body, [&](const cpu::Body& timed) {
-    std::atomic_flag failed = ATOMIC_FLAG_INIT;
-    std::exception_ptr error;
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      try {
-        timed(begin, end);
-      } catch (...) {
-        if (!failed.test_and_set()) error = std::current_exception();
-      }
+  const auto run = [](int64_t threads, const auto& share) {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) share();
     });
-    if (error) std::rethrow_exception(error);
-  });
+  };
+  cpu::share_loop(count, cpu::grain_for(work, cpu::simd().thread_work), torch::stable::get_num_threads(), body, run);
 }
 
 cpu::Threads threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel}; }

@@ -40,7 +40,7 @@ class SharedLoop {
   double busy() const { return 1e-9 * static_cast<double>(busy_); }
 
   static double seconds(clockid_t clock) {
-    timespec time;
+    timespec time{};
     clock_gettime(clock, &time);
     return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
   }

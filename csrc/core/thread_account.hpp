@@ -19,7 +19,7 @@ class ThreadAccount {
     if (balance_ >= kMost) pause_ = std::max(pause_ / 2.0, kShortest);
     if (balance_ > -kMost) return;
     // Every try costs about as much: the longer it has not paid, the rarer they are.
-    closed_until_ = now + pause_;
+    closed_until_ = now + std::clamp(-kRatio * balance_, pause_, kLongestOfAll);
     pause_ = std::min(4.0 * pause_, kLongest);
     balance_ = 0.0;
   }
@@ -27,6 +27,9 @@ class ThreadAccount {
  private:
   static constexpr double kMost = 1e-3;  // gains are not saved up past this; as large a debt closes the account
   static constexpr double kShortest = 0.02, kLongest = 1.28;
+  // After one loop that lost much: its loss is a twentieth of the pause, but a process that was stopped for an hour is
+  // not to wait for a day.
+  static constexpr double kRatio = 20.0, kLongestOfAll = 10.0;
   double balance_ = 0.0;
   double closed_until_ = 0.0;
   double pause_ = kShortest;

@@ -12,25 +12,25 @@ namespace cpu = script::cpu;
 
 namespace {
 
-constexpr double kAlone = 0.010, kMinute = 60.0;
+constexpr double kAlone = 0.010, kMinute = 60.0;  // seconds
 
 // took(now, i): what the i-th split loop takes.
 template <typename Took>
-void run(const char* name, const Took& took) {
+void run(const char* name, const Took& took, double alone = kAlone) {
   cpu::ThreadAccount account;
   double now = 1000.0;
   const double start = now;
   int64_t loops = 0, splits = 0;
-  for (; now - start < kMinute; ++loops) {
+  for (; now - start < kMinute * (alone / kAlone); ++loops) {
     if (!account.open(now)) {
-      now += kAlone;
+      now += alone;
       continue;
     }
     const double time = took(now - start, splits++);
     now += time;
-    account.enter(now, kAlone, time);
+    account.enter(now, alone, time);
   }
-  std::printf("%s %.4f %.4f\n", name, (now - start) / (static_cast<double>(loops) * kAlone),
+  std::printf("%s %.4f %.4f\n", name, (now - start) / (static_cast<double>(loops) * alone),
               static_cast<double>(splits) / static_cast<double>(loops));
 }
 
@@ -67,6 +67,9 @@ int main() {
   run("busy", [](double, int64_t) { return 1.4 * kAlone; });
   // The other core is somebody else's for every second slice of time: half of the loops gain, the others lose.
   run("shared", [](double, int64_t i) { return i % 2 == 0 ? 0.55 * kAlone : 2.0 * kAlone; });
+  run("long loops", [](double, int64_t) { return 1.4; }, 1.0);
+  // Once, the process is stopped for an hour.
+  run("stopped", [](double, int64_t i) { return i == 100 ? 3600.0 : 33.0; }, 60.0);
   run("then quiet", [](double now, int64_t) { return now < kMinute / 2 ? 1.4 * kAlone : 0.55 * kAlone; });
   // A loss of a tenth of a millisecond a loop is worth noticing, too.
   run("a little slower", [](double, int64_t) { return 1.01 * kAlone; });

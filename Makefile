@@ -117,7 +117,7 @@ test-ray:
 fuzz:
 	$(PYTHON) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ_ARGS)
 
-FUZZ_OPS := query_relevance bipartite_match gsp dpp_map qcsp mask_intersect prune prune_varlen
+FUZZ_OPS := query_relevance bipartite_match gsp dpp_map qcsp max_min mmr mask_intersect prune prune_varlen
 tsan:
 	$(MAKE) -C tests/fuzz OUT=../../build/fuzz/tsan FLAGS="-O1 -fsanitize=thread" random
 	for threads in 2 8; do for op in $(FUZZ_OPS); do \

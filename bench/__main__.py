@@ -1,9 +1,12 @@
-"""python -m bench [run | compare | prefill | released | figure | serve | model]; without one: run. Each has --help."""
+"""python -m bench [run | compare | prefill | released | figure | serve | model | threads]; without one: run.
+
+Each has --help.
+"""
 
 import importlib
 import sys
 
-COMMANDS = ("run", "compare", "prefill", "released", "figure", "serve", "model")
+COMMANDS = ("run", "compare", "prefill", "released", "figure", "serve", "model", "threads")
 
 if __name__ == "__main__":
     command, arguments = (

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch
 
-from bench import baselines, cases, gates, model, peak, report, run, targets, timing
+from bench import baselines, cases, gates, model, peak, report, run, targets, threads, timing
 from bench.cases import DTYPES, OPS, QUICK_ROWS, ROWS, Inputs, Row, make_case
 from script_kernels import _core, reference, testing
 
@@ -350,3 +351,25 @@ def test_model_of_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert one < sum(step.total for step in model.dpp_map(1, 576, 128))
     assert one < sum(step.total for step in model.dpp_map(1, 2880, 320))
     assert one < sum(step.total for step in model.dpp_map(200, 576, 64))
+
+
+def test_threads_are_compared_on_a_busy_machine(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, before = tmp_path / "threads.json", torch.get_num_threads()
+    sizes = ["--rows", "64/8/B2", "--width", "32", "--seconds", "0.001"]
+    assert threads.main(["--threads", "3", "--busy", "1", "--ops", "gsp", "qcsp", *sizes, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [(row["op"], row["question"]) for row in found["figures"]] == [
+        ("gsp", True),
+        ("qcsp", True),
+        ("qcsp", False),
+    ]
+    for row in found["figures"]:
+        assert row["gain"] == pytest.approx(row["alone_ms"] / row["shared_ms"])
+    assert torch.get_num_threads() == before
+    assert capsys.readouterr().out.count("1 -> 3 threads") == 3
+
+
+def test_what_keeps_a_core_busy_ends() -> None:
+    with threads.busy(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+    assert all(process.poll() is not None for process in processes)

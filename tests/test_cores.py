@@ -123,3 +123,23 @@ def test_products_have_the_same_bits_wherever_they_stand(
             [program], capture_output=True, text=True, timeout=300, env={**os.environ, "SCRIPT_KERNELS_SIMD": level}
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_loops_are_split_where_that_pays(tmp_path: pathlib.Path) -> None:
+    """In simulated time: share of the time that one thread would take, and share of the loops that were split."""
+    program = build_cores(tmp_path, ROOT / "tests/cores/threads.cpp", os.environ.get("CXX", "g++"), ["-O1"])
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=True)
+    found = {
+        name: (float(time), float(split))
+        for name, time, split in (line.rsplit(" ", 2) for line in done.stdout.splitlines())
+    }
+    assert found["failures"] == (300, 300)
+    assert found["quiet"] == (pytest.approx(0.55, abs=0.001), 1.0)
+    assert found["hiccups"][0] < 0.7
+    assert found["busy"][0] < 1.01
+    assert found["shared"][0] < 1.05
+    assert found["long loops"][0] < 1.05
+    assert found["stopped"][1] > 0.99
+    assert found["a little slower"][0] < 1.005
+    # Within two seconds of the thirty it is back.
+    assert found["then quiet"][0] == pytest.approx((30 + 30) / (30 + 30 / 0.55), rel=0.03)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.judge import bank, evaluate, loss, report, second, train
+from bench.judge import bank, evaluate, fourth, loss, report, second, train
 from bench.judge.model import Judge
 from bench.judge.scenes import COLOUR_NAMES, GRID, KINDS, LETTERS, WORDS, Composer
 from script_kernels import methods
@@ -185,6 +185,79 @@ def test_the_second_round_s_settings_answer_as_recorded(seed):
     some = [s for s in second.second() if s.method in ("max_min", "raw") or "uniform" in s.options][::3]
     found = evaluate.evaluate(given, some, (64,), log=lambda line: None)
     for right, setting in zip(found["right"][:, 0], some, strict=True):
+        before = recorded["right"][names.index(setting.name), 1, : len(given)]
+        assert (right == before).mean() > 0.9
+
+
+def test_a_word_that_is_near_to_everything_hides_no_other():
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 40, 8) * 0.1
+    tokens[:, :, 0] += 2.0  # what all tokens have in common, and the first word is
+    tokens[:, 7, 3] += 2.0
+    words = torch.zeros(2, 3, 8)
+    words[:, 0, 0] = words[:, 1, 3] = 1.0
+    words[:, 2, 0] = -1.0
+    words[:, 2, 1] = 9.0  # not a word of the question
+    known = torch.tensor([[True, True, False]] * 2)
+    found = fourth.centred(tokens, words, known)
+    assert found.argmax(1).tolist() == [7, 7]
+    assert (found.amin(1) == 0).all()
+    assert (found.amax(1) == 1).all()
+    assert methods.relevance_of(tokens, words, known, reduce="max")[:, 7].max() < 0.5  # there the first one wins
+    torch.testing.assert_close(fourth.centred(tokens, words[:, :2], known[:, :2]), found)
+    assert (fourth.centred(tokens[:, :1].expand(-1, 40, -1), words, known) == 1).all()
+
+
+def test_shares_are_of_surroundings_of_even_distances_and_of_the_rest():
+    torch.manual_seed(0)
+    relevance, tokens = torch.rand(2, GRID * GRID), torch.randn(2, GRID * GRID, 16)
+    near, grid = fourth.surroundings(relevance, 2), relevance.view(2, GRID, GRID)
+    for b, row, column in ((0, 0, 0), (1, 23, 5), (0, 11, 12)):
+        square = grid[b, max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]
+        torch.testing.assert_close(near[b, row * GRID + column], square.mean())
+    options = {"relevant": 0.5, "near": 2, **second.GRAPH}
+    kept = fourth.shares(tokens, relevance, 64, **options)
+    assert all(len(set(row)) == 64 for row in kept.tolist())
+    for b in range(2):
+        assert set(near[b].topk(32).indices.tolist()) == set(kept[b, :32].tolist())
+        rest = [n for n in range(GRID * GRID) if n not in set(kept[b, :32].tolist())]
+        own = methods.select(tokens[b : b + 1, rest], None, 32, method="script", **second.GRAPH)[0]
+        assert [rest[n] for n in own.tolist()] == kept[b, 32:].tolist()
+        evenly = fourth.shares(tokens, relevance, 64, even=0.125, **options)[b]
+        assert evenly[:32].tolist() == kept[b, :32].tolist()
+        stride = methods.select(tokens[b : b + 1, rest], None, 8, method="stride")[0]
+        assert [rest[n] for n in stride.tolist()] == evenly[32:40].tolist()
+        assert len(set(evenly.tolist())) == 64
+
+
+def test_the_fourth_round_is_recorded_and_leaves_the_default_by_its_rule():
+    """Rules 10 to 13 of RULE.md from the raw answers."""
+    assert evaluate.BANKS["fourth"] == "val"
+    assert evaluate.BANKS["test3"] == "test"
+    assert len({evaluate.GENERATORS[split] for split in ("val", "fourth", "test", "test2", "test3")}) == 5
+    names, chosen, runs = [s.name for s in fourth.opened()], fourth.candidate(), report.read("test3")
+    assert list(runs) == SEEDS
+    low, share = [], []
+    for run in runs.values():
+        assert list(run["settings"]) == names
+        assert list(run["keeps"]) == [128, 64, 32]
+        assert run["unpruned"].mean() > 0.85
+        ours, present = run["right"][names.index(chosen.name)], run["right"][names.index(second.DEFAULT.name)]
+        share.append(ours[1].mean() / run["unpruned"].mean())
+        mean, half = report.difference(ours[2], present[2], run["image"], 1 - 0.05 / len(names))
+        low.append(mean < -half)
+    beaten = report.unbeaten(runs)[chosen.name]
+    options, reduce = methods.settled("script", {}, None, asked=True)
+    assert (options, reduce) == (second.DEFAULT.options, second.DEFAULT.reduce)
+    assert beaten or min(share) < 0.969 or any(low)  # else the default would have to change
+
+
+def test_the_fourth_round_s_settings_answer_as_recorded():
+    recorded = dict(np.load(evaluate.RESULTS / "seed0-fourth.npz"))
+    given = evaluate.exam(0, "fourth", 6)
+    names = list(recorded["settings"])
+    found = evaluate.evaluate(given, fourth.candidates(), (64,), log=lambda line: None)
+    for right, setting in zip(found["right"][:, 0], fourth.candidates(), strict=True):
         before = recorded["right"][names.index(setting.name), 1, : len(given)]
         assert (right == before).mean() > 0.9
 

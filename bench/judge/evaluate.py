@@ -4,7 +4,8 @@
     python -m bench.judge evaluate --seed 0 --split test
 
 The splits "second" and "third" (the validation split again) and "test2" (other scenes of the test's pictures) are the
-second round's: see second.py.
+second round's: see second.py. "fourth" (other scenes of the validation's pictures) and "test3" are the fourth's: see
+fourth.py.
 
 Per setting, keep and question: whether the answer is right, whether it is the unpruned one, the Kullback-Leibler
 divergence of the first answer's distribution from the unpruned one, and the share of the evidence that was kept. All of
@@ -35,8 +36,10 @@ TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "second": 2_000_003, "third": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
+GENERATORS |= {"fourth": 5_000_111, "test3": 7_000_003}
 IMAGES = 120
-BANKS = {"second": "val", "third": "val", "test2": "test"}  # where the pictures are from that scenes are composed of
+# Where the pictures are from that scenes are composed of.
+BANKS = {"second": "val", "third": "val", "test2": "test", "fourth": "val", "test3": "test"}
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -60,7 +63,9 @@ class Setting:
         if self.label:
             return self.label
         parts = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items()]
-        parts += [self.source] * bool(self.source) + ["max"] * (self.reduce == "max") + ["inverted"] * self.negate
+        parts += (
+            [self.source] * bool(self.source) + [self.reduce] * (self.reduce != "mean") + ["inverted"] * self.negate
+        )
         return self.method + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -156,6 +161,10 @@ class Exam:
         # Only the question: a number's first digit stands among the words to predict the second from.
         last = (self.answers[at] > 0).float().argmax(1)
         known = torch.arange(words.shape[1]) <= last[:, None]
+        if setting.reduce == "centred":
+            from .fourth import centred
+
+            return centred(self.tokens[image], self.judge.words(words), known)
         how: dict[str, Any] = {"reduce": setting.reduce, "negate": setting.negate}
         if setting.source == "pair":
             return methods.relevance_of(self.aligned[image], self.judge.tower.query(words), known, **how)
@@ -315,10 +324,16 @@ def main(argv: list[str] | None = None) -> None:
 
         chosen, keeps = [*reported(), calibrated(given.seed)], KEEPS
     elif given.split in BANKS:
-        from .second import opened, second, third
+        from . import fourth, second
 
-        chosen = {"second": second, "third": third, "test2": opened}[given.split]()
-        keeps = (*CHOOSE, 32) if given.split == "test2" else CHOOSE
+        chosen = {
+            "second": second.second,
+            "third": second.third,
+            "test2": second.opened,
+            "fourth": fourth.fourth,
+            "test3": fourth.opened,
+        }[given.split]()
+        keeps = (*CHOOSE, 32) if given.split in ("test2", "test3") else CHOOSE
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
     if given.split == "test":
         found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)

@@ -45,6 +45,10 @@ RULES: dict[str, methods.Method] = {"max_min": _max_min, "raw": _raw}
 
 
 def rule_of(setting: Setting) -> str | methods.Method:
+    if "relevant" in setting.options:
+        from .fourth import shares
+
+        return shares
     return _uniform if "uniform" in setting.options else RULES.get(setting.method, setting.method)
 
 

@@ -144,8 +144,8 @@ inline void match_packed(const PackedTokens& packed, const Split& split, float t
   Scratch scratch;
   float* weight = scratch.take<float>(split.first_source);
   for (int64_t j = 0; j < split.first_source; ++j) weight[j] = packed.inverse_norm(j);
-  const int64_t grain = grain_for(kBlock * split.destinations * packed.width());
-  parallel(ceil_div(sources, kBlock), grain, [&](int64_t begin, int64_t end) {
+  const int64_t work = kBlock * split.destinations * packed.width();
+  parallel(ceil_div(sources, kBlock), work, [&](int64_t begin, int64_t end) {
     Scratch local;
     detail::SourceBlock block(packed, use, local);
     MatchLanes* lanes = local.take<MatchLanes>(kBlock);

@@ -234,7 +234,7 @@ class FarthestSearch {
     rows.append(source_, block.position, block.size, scratch);
     met_ += (last - first) * kPanel * block.size;
     float* tops = scratch.take<float>((last - first) * kPanel, kNoCosine);
-    parallel_(last - first, grain_for(block.size * kPanel * source_.row_work()), [&](int64_t begin, int64_t end) {
+    parallel_(last - first, block.size * kPanel * source_.row_work(), [&](int64_t begin, int64_t end) {
       Scratch local;
       float* cosines = local.take<float>(kPanel * kPanel);
       for (int64_t p = first + begin; p < first + end; ++p) {
@@ -267,8 +267,8 @@ class FarthestSearch {
     Scratch scratch;
     const int64_t batches = ceil_div(count, kPanel);
     float* lowered = scratch.take<float>(batches * kPanel);
-    const int64_t grain = grain_for(kPanel * groups_of(block.size) * kGroup * source_.row_work());
-    parallel_(batches, grain, [&](int64_t begin, int64_t end) {
+    const int64_t work = kPanel * groups_of(block.size) * kGroup * source_.row_work();
+    parallel_(batches, work, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int m = static_cast<int>(std::min<int64_t>(kPanel, count - b * kPanel));
         meet_batch(pool, block, rows + b * kPanel, m, own, lowered + b * kPanel);

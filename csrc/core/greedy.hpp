@@ -162,12 +162,11 @@ class Panels {
   // The first `late` panels of late_.
   void bring_up_to_date(int64_t late) {
     const int64_t lag = pivots_ - factor_.applied[late_[0]];
-    parallel_(late, grain_for(lag * kPanel * (source_.row_work() + factor_.entry_work(pivots_))),
-              [&](int64_t begin, int64_t end) {
-                Scratch local;
-                float* entries = local.take<float>(kPanel * kPanel);
-                for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
-              });
+    parallel_(late, lag * kPanel * (source_.row_work() + factor_.entry_work(pivots_)), [&](int64_t begin, int64_t end) {
+      Scratch local;
+      float* entries = local.take<float>(kPanel * kPanel);
+      for (int64_t s = begin; s < end; ++s) bring_up_to_date(late_[s], entries);
+    });
   }
 
   // The same by residuals as they stand, from the panels of largest bound. A heap only if as many as wanted are there.

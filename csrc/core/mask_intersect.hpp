@@ -45,7 +45,7 @@ inline void mask_intersect(const int64_t* ranking, int64_t ranking_stride, int64
 // throws.
 inline void mask_intersect(const ValueBatch<int64_t>& ranking, int64_t length, const ValueBatch<Truth>& mask, int64_t n,
                            int64_t batch, int64_t k, int64_t* out, const Threads& threads) {
-  for_each_item(batch, threads, [&](int64_t b) {
+  for_each_item(batch, 8 * (length + n), threads, [&](int64_t b) {
     check_ranking(ranking[b], ranking.stride, length, n);
     mask_intersect(ranking[b], ranking.stride, length, mask[b], mask.stride, k, out + b * k);
   });

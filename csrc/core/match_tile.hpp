@@ -47,7 +47,7 @@ class MatchTile {
 
   // Fills the second layout from the first.
   void transpose(const Parallel& parallel) {
-    parallel(rows_ / kPanel, grain_for(8 * columns_ * kPanel), [&](int64_t begin, int64_t end) {
+    parallel(rows_ / kPanel, 8 * columns_ * kPanel, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
         const int count = static_cast<int>(std::min<int64_t>(kPanel, split_.sources - q * kPanel));
         for (int64_t p = 0; p < columns_ / kPanel; ++p) {

@@ -7,7 +7,6 @@
 
 namespace script::cpu {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t pad_to_panel(int64_t n) { return ceil_div(n, kPanel) * kPanel; }
 inline int groups_of(int columns) { return (columns + kGroup - 1) / kGroup; }
 
@@ -26,7 +25,7 @@ class PackedTokens {
     depth_ = bf16_ ? (tokens_.width + 1) / 2 : tokens_.width;  // in 32-bit words
     zero_row_ = scratch.take<float>(depth_, 0.0f);
     panels_ = scratch.take<float>(packed / kPanel * panel_size());
-    parallel(packed / kPanel, grain_for(8 * panel_size()), [&](int64_t begin, int64_t end) {
+    parallel(packed / kPanel, 8 * panel_size(), [&](int64_t begin, int64_t end) {
       Scratch local;
       float* buffer = local.take<float>(row_buffer_size(kPanel));
       for (int64_t p = begin; p < end; ++p) {

@@ -78,7 +78,7 @@ inline void largest_cosines(const TokenView& tokens, const Query& query, bool ne
     if (count == 0) break;
     simd().pack(rows, count, width, panel);
     const int groups = groups_of(count);
-    parallel(ceil_div(tokens.count, kPanel), grain_for(kPanel * kPanel * width), [&](int64_t begin, int64_t end) {
+    parallel(ceil_div(tokens.count, kPanel), kPanel * kPanel * width, [&](int64_t begin, int64_t end) {
       Scratch local;
       float* buffers = local.take<float>(kPanel * width);
       float* products = local.take<float>(kPanel * kPanel);

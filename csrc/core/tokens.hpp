@@ -108,7 +108,7 @@ inline RowTable scan_rows(const TokenView& tokens, const float* direction, Scrat
   table.scale = scratch.take<float>(tokens.count);
   table.bad = scratch.take<uint8_t>(tokens.count);
   if (direction != nullptr) table.cosine = scratch.take<float>(tokens.count);
-  parallel(tokens.count, grain_for(4 * tokens.width), [&](int64_t begin, int64_t end) {
+  parallel(tokens.count, 4 * tokens.width, [&](int64_t begin, int64_t end) {
     Scratch local;
     float* buffer = local.take<float>(tokens.width);
     float* scaled = local.take<float>(tokens.width);

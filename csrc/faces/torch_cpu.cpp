@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
-#include <exception>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -19,6 +17,7 @@
 #include "core/prune_varlen.hpp"
 #include "core/qcsp.hpp"
 #include "core/query_relevance.hpp"
+#include "core/shared_loop.hpp"
 #include "faces/torch_checks.hpp"
 
 namespace script {
@@ -97,19 +96,14 @@ class OwnedString {
 
 // ---- threads ----------------------------------------------------------------------------------------------------
 
-// cpu::Parallel on torch's pool. The pool's C interface turns an exception into a status code and loses it, so the
-// first one is carried around it.
-void parallel(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  std::atomic_flag failed = ATOMIC_FLAG_INIT;
-  std::exception_ptr error;
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    try {
-      body(begin, end);
-    } catch (...) {
-      if (!failed.test_and_set()) error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
+// cpu::Parallel on torch's pool.
+void parallel(int64_t count, int64_t work, const cpu::Body& body) {
+  const auto run = [](int64_t threads, const auto& share) {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) share();
+    });
+  };
+  cpu::share_loop(count, cpu::grain_for(work, cpu::simd().thread_work), torch::stable::get_num_threads(), body, run);
 }
 
 cpu::Threads threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel}; }

@@ -27,7 +27,7 @@ bool run(fuzz::Call& call, int64_t threads, unsigned char canary) {
     std::memset(scratch.take<char>(kDirty), canary, kDirty);
   }
   try {
-    call.run(fuzz::cpu::loop_threads(threads));
+    call.run(fuzz::cpu::loop_threads(threads, true));
   } catch (const std::runtime_error&) {
     return true;
   }

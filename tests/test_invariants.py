@@ -1,6 +1,8 @@
 """What holds of every op on any input: drawn by hypothesis over shapes, dtypes, layouts and kinds of tokens."""
 
 import math
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -244,6 +246,31 @@ def test_runs_and_thread_counts_repeat_bit_for_bit(op, dtype, shape):
         for count in (1, 2, 3, 2, 1):
             with threads(count):
                 assert same(call(tokens, query, relevance), expected), f"{name} with {count} threads"
+
+
+FORKING = """
+import os, signal
+import torch
+import script_kernels
+torch.set_num_threads(2)
+tokens = torch.randn(4, 1500, 256, generator=torch.Generator().manual_seed(0))
+kept = script_kernels.prune(tokens, None, 100), script_kernels.prune(tokens[:1], None, 100)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+again = script_kernels.prune(tokens, None, 100), script_kernels.prune(tokens[:1], None, 100)
+same = all(torch.equal(now, before) for now, before in zip(again, kept))
+if child == 0:
+    os._exit(0 if same else 3)
+assert same
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_forked_child_does_not_wait_for_threads_that_it_has_not():
+    """Of a batch and of one image; torch's own operations do wait there."""
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_inputs_are_left_alone(op):

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
 
 #include <optional>
 #include <tuple>
@@ -106,7 +107,13 @@ void parallel(int64_t count, int64_t work, const cpu::Body& body) {
   cpu::share_loop(count, cpu::grain_for(work, cpu::simd().thread_work), torch::stable::get_num_threads(), body, run);
 }
 
-cpu::Threads threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel}; }
+// OpenMP's threads do not survive a fork, and a child that asks for them waits for ever, as in torch's own ops. So a
+// child of a process that has called an op works alone.
+cpu::Threads threads() {
+  static const pid_t first_caller = getpid();
+  if (getpid() != first_caller) return {};
+  return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel};
+}
 
 // ---- ops --------------------------------------------------------------------------------------------------------
 

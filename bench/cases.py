@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import script_kernels
-from bench import baselines, gates
+from bench import baselines, gates, least_work
 from script_kernels import reference, testing
 
 QUERY_VECTORS = 16
@@ -137,7 +137,7 @@ class Case:
     op: str
     arguments: tuple
     certify: Callable[[], None]  # runs the op and raises AssertionError if its result is wrong
-    work: testing.Work
+    work: least_work.Work
     inputs: Inputs
 
     def ours(self) -> object:
@@ -188,29 +188,29 @@ def make_case(op: str, inputs: Inputs) -> Case:
     k, survivors = row.keep, inputs.survivors
     if op == "query_relevance":
         arguments: tuple = (x, inputs.query)
-        work = testing.query_relevance_work(*shape, QUERY_VECTORS, size)
+        work = least_work.query_relevance_work(*shape, QUERY_VECTORS, size)
     elif op == "bipartite_match":
         arguments = (x,)
-        work = testing.bipartite_match_work(*shape, size)
+        work = least_work.bipartite_match_work(*shape, size)
     elif op == "gsp":
         arguments = (x, survivors)
-        work = testing.gsp_work(*shape, survivors, 1, size)
+        work = least_work.gsp_work(*shape, survivors, 1, size)
     elif op == "dpp_map":
         arguments = (inputs.kernel, k)
-        work = testing.dpp_map_work(row.batch, row.tokens, k)
+        work = least_work.dpp_map_work(row.batch, row.tokens, k)
     elif op == "qcsp":
         arguments = (x, inputs.relevance, k)
-        work = testing.qcsp_work(*shape, k, size)
+        work = least_work.qcsp_work(*shape, k, size)
     elif op in ("max_min", "mmr"):
         arguments = (x, inputs.relevance, k)
-        work = testing.nearest_work(*shape, k, size)
+        work = least_work.nearest_work(*shape, k, size)
     elif op == "mask_intersect":
         arguments = (inputs.ranking, inputs.mask, k)
-        work = testing.mask_intersect_work(row.batch, row.tokens, inputs.ranks, k)
+        work = least_work.mask_intersect_work(row.batch, row.tokens, inputs.ranks, k)
     elif op in ("prune", "prune_varlen"):
         packed = (x.reshape(-1, inputs.width), inputs.cu_seqlens, inputs.question, [k] * row.batch)
         arguments = (x, inputs.question, k) if op == "prune" else packed
-        work = testing.prune_work(*shape, k, size, Q=QUERY_VECTORS if inputs.asks else 0)
+        work = least_work.prune_work(*shape, k, size, Q=QUERY_VECTORS if inputs.asks else 0)
     else:
         raise ValueError(f"op: expected one of {OPS}, got {op!r}")
     return Case(op, arguments, functools.partial(getattr(gates, op), *arguments), work, inputs)

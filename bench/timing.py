@@ -9,8 +9,8 @@ import torch
 import torch.utils.mkldnn
 
 import script_kernels
-from bench import peak
-from script_kernels import _core, testing
+from bench import least_work, peak
+from script_kernels import _core
 
 Variant = Callable[[], object]
 
@@ -132,7 +132,7 @@ def own_rates(tokens: torch.Tensor, clock: Clock) -> list[tuple[float, str]]:
     """(flop/s, name) of our product, with all that bipartite_match does besides, and of multiply-adds alone."""
     known = str(tokens.dtype).removeprefix("torch.")
     count, width = tokens.shape
-    work = testing.bipartite_match_work(1, count, width, tokens.element_size())
+    work = least_work.bipartite_match_work(1, count, width, tokens.element_size())
     matched = min(clock(lambda: script_kernels.bipartite_match(tokens[None]), 1) for _ in range(8))
     found = [(work.flops / matched, f"{known} bipartite_match of {count}")]
     alone = peak.measure(_core.build_info()["simd"], known)

@@ -1,7 +1,6 @@
-"""Input makers, the step-wise certificate, and work counts, shared by tests/ and bench/."""
+"""Input makers and the step-wise certificate, shared by tests/ and bench/."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ ADVERSARIAL = (
     "largest",
     "wide_range",
     "narrow_range",
+    "kahan",
 )
 
 
@@ -113,7 +113,8 @@ def adversarial_tokens(
     duplicates: N/5 distinct rows. identical: one row N times. rank3: a three-dimensional subspace. zero_rows, bad_rows:
     a third of the rows are zero, or hold a NaN or an Inf. denormal: whole multiples of the smallest denormal. largest:
     up to the largest finite value. wide_range: rows scaled over the whole range of the dtype. narrow_range: a common
-    row plus differences near its rounding error.
+    row plus differences near its rounding error. kahan: the columns of Kahan's matrix, of which any are nearly
+    dependent though a pivoted Cholesky does not tell, over and over.
     """
     generator = torch.Generator().manual_seed(seed)
     info = torch.finfo(dtype)
@@ -143,6 +144,11 @@ def adversarial_tokens(
         x = x.clamp(-4, 4).double() * 2.0**power
     elif name == "narrow_range":
         x = x[:, :1] * (1 + 2 * info.eps * torch.randint(-1, 2, (B, N, D), generator=generator))
+    elif name == "kahan":
+        cosine = 0.6 - 0.2 * torch.rand(B, 1, 1, generator=generator).double()
+        scale = (1 - cosine**2).sqrt() ** torch.arange(D)[:, None]
+        columns = scale * (torch.eye(D) - cosine * torch.ones(D, D).triu(1))  # (B, D, D)
+        x = columns.mT[:, torch.arange(N) % D] if D else columns.new_zeros(B, N, D)
     else:
         raise ValueError(f"name: expected one of {ADVERSARIAL}, got {name!r}")
     return x.to(dtype).contiguous().to(device)
@@ -224,28 +230,31 @@ def kernel64_of(kernel: Tensor) -> Tensor:
     return torch.where(torch.isfinite(k) & ~bad[:, :, None] & ~bad[:, None, :], k, 0.0)
 
 
-def certify(kernel64: Tensor, indices: Tensor, *, tol: float = 1e-5) -> Tensor:
+def certify(kernel64: Tensor, indices: Tensor, gains: Tensor | None = None, *, tol: float = 1e-5) -> Tensor:
     """Checks a selection (B, k) or (k,) against the exact greedy on kernel64 (B, N, N) or (N, N), step by step.
 
     Walks the sequence with a float64 Cholesky. At every step the pick must be in range, unselected, and of a residual
-    variance of at least the largest one of all unselected tokens, less tol * max_i K_ii. Returns the exact residuals of
-    the picks, like ``indices`` in shape. Raises AssertionError with the first step that fails.
+    variance of at least the largest one of all unselected tokens; gains, like ``indices`` in shape, must be the picks'
+    residuals, at most the largest float32. Either may miss by tol * max_i K_ii, or by what rounding K to float32 moves
+    the residual by (`_rounding`) where that is more. Returns the exact residuals of the picks, like ``indices`` in
+    shape. Raises AssertionError with the first step that fails.
     """
     if kernel64.dim() == 2:
-        return certify(kernel64[None], indices[None], tol=tol)[0]
+        return certify(kernel64[None], indices[None], None if gains is None else gains[None], tol=tol)[0]
     assert kernel64.dtype == torch.float64, f"certify needs a float64 kernel, got {kernel64.dtype}"
     assert indices.dtype == torch.int64, f"indices: expected int64, got {indices.dtype}"
     assert indices.shape[0] == kernel64.shape[0], f"{indices.shape[0]} sequences for {kernel64.shape[0]} kernels"
-    gains = [
-        _certify_image(K.numpy(), i.numpy(), tol, b)
-        for b, (K, i) in enumerate(zip(kernel64, indices.cpu(), strict=True))
-    ]
-    return (
-        torch.stack([torch.from_numpy(g) for g in gains]) if gains else torch.empty(indices.shape, dtype=torch.float64)
-    )
+    if gains is not None:
+        assert gains.shape == indices.shape, f"gains: expected {tuple(indices.shape)}, got {tuple(gains.shape)}"
+        gains = gains.detach().cpu().double()
+    exact = torch.zeros(indices.shape, dtype=torch.float64)
+    for b, (K, i) in enumerate(zip(kernel64, indices.cpu(), strict=True)):
+        given = None if gains is None else gains[b].numpy()
+        exact[b] = torch.from_numpy(_certify_image(K.numpy(), i.numpy(), given, tol, b))
+    return exact
 
 
-def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -> np.ndarray:
+def _certify_image(K: np.ndarray, indices: np.ndarray, given: np.ndarray | None, tol: float, image: int) -> np.ndarray:
     N, k = K.shape[0], len(indices)
     residual = np.maximum(np.diag(K), 0.0)
     free = np.ones(N, dtype=bool)
@@ -256,12 +265,22 @@ def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -
         where = f"image {image}, step {t}"
         assert 0 <= pick < N, f"{where}: index {pick} is not in [0, {N})"
         assert free[pick], f"{where}: token {pick} was already selected"
-        best = int(np.argmax(np.where(free, residual, -np.inf)))
-        assert residual[pick] >= residual[best] - tol * scale, (
-            f"{where}: picked token {pick} of residual {residual[pick]:.9g}, but token {best} has {residual[best]:.9g} "
-            f"(largest K_ii {scale:.9g})"
-        )
+        pivots = np.flatnonzero(factor[:t].any(1))
+        rows, columns = factor[pivots], indices[pivots]
+        better = np.flatnonzero(free & (residual > residual[pick] + tol * scale))
+        for best in better[np.argsort(-residual[better])]:
+            either = _rounding(K, rows, columns, pick) + _rounding(K, rows, columns, best)
+            assert residual[best] <= residual[pick] + either, (
+                f"{where}: picked token {pick} of residual {residual[pick]:.9g}, but token {best} has "
+                f"{residual[best]:.9g} (largest K_ii {scale:.9g})"
+            )
         gains[t] = residual[pick]
+        if given is not None:
+            error = abs(given[t] - min(gains[t], float(np.finfo(np.float32).max)))
+            assert error <= tol * scale or error <= _rounding(K, rows, columns, pick), (
+                f"{where}: a gain of {given[t]:.9g} for token {pick}, whose residual is {gains[t]:.9g} "
+                f"(largest K_ii {scale:.9g})"
+            )
         free[pick] = False
         # Smaller pivots only come past the rank, where the rule has no updates; a kernel rounded to float32 is not
         # positive semidefinite to better than this.
@@ -269,6 +288,18 @@ def _certify_image(K: np.ndarray, indices: np.ndarray, tol: float, image: int) -
             factor[t] = (K[pick] - factor[:t, pick] @ factor[:t]) / math.sqrt(residual[pick])
             residual = np.maximum(residual - factor[t] ** 2, 0.0)
     return gains
+
+
+def _rounding(K: np.ndarray, factor: np.ndarray, picks: np.ndarray, token: int) -> float:
+    """How far a token's residual moves where every K_ij is rounded by 2^-23 sqrt(K_ii K_jj).
+
+    The residual is v' K v, v being 1 at the token and less its weights in the picks at these: it moves by at most 2^-23
+    (sum_i |v_i| sqrt(K_ii))^2. The weights grow where picks are nearly dependent, and then no float32 kernel holds more
+    digits of the residual, whatever is computed of it.
+    """
+    weights = np.linalg.solve(factor[:, picks], factor[:, token]) if len(picks) else np.zeros(0)
+    roots = np.sqrt(np.maximum(np.diag(K), 0.0))
+    return float((roots[token] + np.abs(weights) @ roots[picks]) ** 2 * 2.0**-23)
 
 
 def certify_max_min(tokens: Tensor, relevance: Tensor | None, indices: Tensor, *, tol: float = 1e-5) -> Tensor:
@@ -394,92 +425,3 @@ def certify_fallback(indices: Tensor, gains: Tensor, order: Tensor, bad: Tensor)
         rest = sorted((i for i in range(len(key)) if i not in taken), key=lambda i: (bool(bad[b, i]), -key[i], i))
         expected, got = rest[: len(zero) - rank], indices[b, rank:].tolist()
         assert got == expected, f"image {b}: past the rank (step {rank}) expected {expected}, got {got}"
-
-
-# --- work counts
-
-
-class Work(NamedTuple):
-    """The least work of an op: floating-point operations (a multiply-add is two) and bytes moved to or from memory."""
-
-    flops: int
-    bytes: int
-
-    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-
-def query_relevance_work(B: int, N: int, C: int, Q: int, itemsize: int) -> Work:
-    """Cosines of N tokens with Q vectors, and the norms of both."""
-    return Work(2 * B * N * Q * C + 2 * B * (N + Q) * C, B * (N + Q) * C * itemsize + 4 * B * N)
-
-
-def bipartite_match_work(B: int, N: int, D: int, itemsize: int) -> Work:
-    """The source x destination quarter of S, and the norms."""
-    sources, destinations = (N + 1) // 2, N // 2
-    return Work(2 * B * sources * destinations * D + 2 * B * N * D, B * N * D * itemsize + 20 * B * sources)
-
-
-def gsp_work(B: int, N: int, D: int, keep: int, rounds: int, itemsize: int) -> Work:
-    """One bipartite match per round, each on what the rounds before it left."""
-    work = Work(0, 5 * B * N)  # mask and redundancy
-    left = N
-    for done in range(rounds):
-        work += bipartite_match_work(B, left, D, itemsize)
-        quota = math.ceil((left - keep) / (rounds - done))
-        if quota == 0:
-            break
-        left -= quota
-    return work
-
-
-def kernel_work(B: int, N: int, D: int, itemsize: int) -> Work:
-    """Building all of L, which is symmetric: one triangle of products, N^2 float32 written."""
-    return Work(B * N * (N + 1) * D + 2 * B * N * D, B * N * D * itemsize + 4 * B * N * N)
-
-
-def dpp_map_work(B: int, N: int, k: int) -> Work:
-    """The greedy loop on a ready kernel: step t is a product of (t) with (t, N), an update and an argmax over N.
-
-    Bytes are the diagonal and k rows of L; the factor is counted as staying in cache.
-    """
-    return Work(B * (N * k * (k - 1) + 4 * N * k), 4 * B * N * (k + 1) + 12 * B * k)
-
-
-def qcsp_work(B: int, N: int, D: int, k: int, itemsize: int) -> Work:
-    """The greedy loop plus the k rows of L that it reads, made from the tokens: no N x N matrix is needed."""
-    rows = Work(2 * B * k * N * D + 2 * B * N * D, B * N * D * itemsize + 4 * B * N)
-    return Work(rows.flops + dpp_map_work(B, N, k).flops, rows.bytes + 12 * B * k)
-
-
-def nearest_work(B: int, N: int, D: int, k: int, itemsize: int) -> Work:
-    """max_min and mmr: the cosines of k picks with all tokens, and an update and an argmax over N for each.
-
-    For max_min's first pick more are needed; how many, the values decide.
-    """
-    rows = Work(2 * B * k * N * D + 2 * B * N * D, B * N * D * itemsize + 4 * B * N)
-    return Work(rows.flops + 4 * B * N * k, rows.bytes + 12 * B * k)
-
-
-def mask_intersect_work(B: int, N: int, P: int, k: int) -> Work:
-    """No arithmetic: ranking and mask read, k indices written."""
-    return Work(0, B * (8 * P + N + 8 * k))
-
-
-def prune_work(
-    B: int,
-    N: int,
-    D: int,
-    keep: int,
-    itemsize: int,
-    *,
-    Q: int = 0,
-    gsp_drop: float = 0.25,
-    oversample: float = 2.0,
-    rounds: int = 1,
-) -> Work:
-    """The sum of its stages in the "intersect" mode; Q = 0 stands for no query."""
-    pool = min(N, math.ceil(oversample * keep))
-    work = gsp_work(B, N, D, N - math.floor(gsp_drop * N), rounds, itemsize)
-    work += qcsp_work(B, N, D, pool, itemsize) + mask_intersect_work(B, N, pool, keep)
-    return work + query_relevance_work(B, N, D, Q, itemsize) if Q else work

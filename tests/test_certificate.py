@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import least_work
 from script_kernels import reference, testing
 
 N, D, K = 256, 96, 48
@@ -149,19 +150,48 @@ def test_greedy_margin():
     assert testing.greedy_margin(kernel64, 4) == pytest.approx(0.2 / 4)
 
 
+def nearly_dependent(n: int = 12, cosine: float = 0.6):
+    """Tokens (1, n, n): the columns of Kahan's matrix, whose residuals fall slowly and whose weights grow as 1.6^t."""
+    scale = (1 - cosine**2) ** (torch.arange(n).double()[:, None] / 2)
+    return (scale * (torch.eye(n).double() - cosine * torch.ones(n, n).triu(1))).mT[None].float()
+
+
+def test_what_no_float32_kernel_tells_is_not_asked():
+    """K rounded once to float32 has gains further off than 1e-5, though computed in float64; 32 roundings are seen."""
+    tokens, relevance = nearly_dependent(), 1 - 0.01 * torch.arange(12.0)[None]
+    kernel64 = testing.kernel64(tokens, relevance)
+    indices, gains = reference.dpp_map(kernel64.float().double(), 12, dtype=torch.float64)
+    assert (testing.certify(kernel64, indices, gains) - gains).abs().max() > 2e-5
+    for seed in range(20):
+        signs = 2.0 * torch.randint(0, 2, (12, 12), generator=torch.Generator().manual_seed(seed)) - 1
+        noise = 2.0**-17 * (signs.triu() + signs.triu(1).mT)
+        other = reference.dpp_map(kernel64 + noise, 12, dtype=torch.float64)
+        with pytest.raises(AssertionError, match=r"a gain of|picked token \d+ of residual"):
+            testing.certify(kernel64, *other)
+
+
+def test_rejects_a_gain_that_is_not_the_residual():
+    kernel64 = testing.kernel64(*problem("gaussian", True)[:2])
+    indices, gains = reference.dpp_map(kernel64, K, dtype=torch.float64)
+    testing.certify(kernel64, indices, gains)
+    gains[0, 7] += 2e-5 * kernel64.diagonal(dim1=1, dim2=2).max()
+    with pytest.raises(AssertionError, match="image 0, step 7: a gain of"):
+        testing.certify(kernel64, indices, gains)
+
+
 def test_work_counts():
-    assert testing.bipartite_match_work(2, 5, 7, 4).flops == 2 * (2 * 3 * 2 * 7 + 2 * 5 * 7)
-    assert testing.gsp_work(1, 9, 3, 4, 2, 4).flops == sum(
-        testing.bipartite_match_work(1, n, 3, 4).flops for n in (9, 6)
+    assert least_work.bipartite_match_work(2, 5, 7, 4).flops == 2 * (2 * 3 * 2 * 7 + 2 * 5 * 7)
+    assert least_work.gsp_work(1, 9, 3, 4, 2, 4).flops == sum(
+        least_work.bipartite_match_work(1, n, 3, 4).flops for n in (9, 6)
     )
     loop = sum(2 * t * 11 + 4 * 11 for t in range(6))
-    assert testing.dpp_map_work(3, 11, 6).flops == 3 * loop
-    assert testing.nearest_work(3, 11, 5, 6, 4).flops == 3 * 2 * 11 * (5 * (6 + 1) + 2 * 6)
-    whole = testing.prune_work(2, 12, 4, 3, 2, Q=5)
+    assert least_work.dpp_map_work(3, 11, 6).flops == 3 * loop
+    assert least_work.nearest_work(3, 11, 5, 6, 4).flops == 3 * 2 * 11 * (5 * (6 + 1) + 2 * 6)
+    whole = least_work.prune_work(2, 12, 4, 3, 2, Q=5)
     stages = [
-        testing.gsp_work(2, 12, 4, 9, 1, 2),
-        testing.qcsp_work(2, 12, 4, 6, 2),
-        testing.mask_intersect_work(2, 12, 6, 3),
-        testing.query_relevance_work(2, 12, 4, 5, 2),
+        least_work.gsp_work(2, 12, 4, 9, 1, 2),
+        least_work.qcsp_work(2, 12, 4, 6, 2),
+        least_work.mask_intersect_work(2, 12, 6, 3),
+        least_work.query_relevance_work(2, 12, 4, 5, 2),
     ]
     assert whole == (sum(w.flops for w in stages), sum(w.bytes for w in stages))

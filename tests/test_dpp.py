@@ -18,9 +18,7 @@ def assert_greedy(indices, gains, kernel64, order, bad):
     """Every promise on a greedy sequence: the certificate, the gains, the order past the rank."""
     assert (indices.dtype, gains.dtype) == (torch.int64, torch.float32)
     assert indices.shape == gains.shape
-    exact = testing.certify(kernel64, indices)
-    scale = kernel64.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
-    assert ((gains.cpu() - exact).abs() <= 1e-5 * scale).all()
+    testing.certify(kernel64, indices, gains)
     testing.certify_fallback(indices.cpu(), gains.cpu(), order.cpu(), bad)
 
 

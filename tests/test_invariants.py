@@ -96,10 +96,7 @@ def test_qcsp_keeps_every_promise(backend, problem):
     tokens, relevance, k = problem
     indices, gains = backend.qcsp(tokens.to(backend.device), relevance.to(backend.device), k)
     kernel64 = testing.kernel64(tokens, relevance)
-    exact = testing.certify(kernel64, indices)
-    scale = kernel64.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
-    largest = torch.finfo(torch.float32).max  # a square may be more
-    assert ((gains.cpu() - exact.clamp(max=largest)).abs() <= 1e-5 * scale).all()
+    testing.certify(kernel64, indices, gains)
     bad = ~torch.isfinite(tokens).all(-1) | ~torch.isfinite(relevance)
     testing.certify_fallback(indices.cpu(), gains.cpu(), relevance, bad)
 

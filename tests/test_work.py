@@ -7,10 +7,10 @@ import subprocess
 import pytest
 from fuzz_build import build
 
-from script_kernels import testing
-from script_kernels.testing import Work
+from bench import least_work
+from bench.least_work import Work
 
-# Counted multiply-adds, as a share of the least work in script_kernels.testing: whole panels, pools and rows that are
+# Counted multiply-adds, as a share of the least work in bench.least_work: whole panels, pools and rows that are
 # taken again where products are not kept.
 MOST = 1.6
 
@@ -35,16 +35,16 @@ def bound(work: Work, n: int) -> float:
 
 
 CASES = [
-    ("query_relevance", 20000, 32, 1, 1, testing.query_relevance_work(1, 20000, 32, 2, 4)),
-    ("bipartite_match", 20000, 8, 1, 1, testing.bipartite_match_work(1, 20000, 8, 4)),
-    ("gsp", 20000, 4, 10000, 1, testing.gsp_work(1, 20000, 4, 10000, 1, 4)),
-    ("gsp", 4096, 8, 64, 100, testing.gsp_work(1, 4096, 8, 64, 100, 4)),
-    ("gsp", 6000, 4, 60, 100, testing.gsp_work(1, 6000, 4, 60, 100, 4)),
-    ("qcsp", 20000, 128, 96, 1, testing.qcsp_work(1, 20000, 128, 96, 4)),
-    ("qcsp", 2000, 256, 400, 1, testing.qcsp_work(1, 2000, 256, 400, 4)),
-    ("dpp_map", 20000, 1, 200, 1, testing.dpp_map_work(1, 20000, 200)),
-    ("prune", 6000, 16, 200, 5, testing.prune_work(1, 6000, 16, 200, 4, Q=2, rounds=5)),
-    ("prune", 20000, 16, 200, 1, testing.prune_work(1, 20000, 16, 200, 4, Q=2)),
+    ("query_relevance", 20000, 32, 1, 1, least_work.query_relevance_work(1, 20000, 32, 2, 4)),
+    ("bipartite_match", 20000, 8, 1, 1, least_work.bipartite_match_work(1, 20000, 8, 4)),
+    ("gsp", 20000, 4, 10000, 1, least_work.gsp_work(1, 20000, 4, 10000, 1, 4)),
+    ("gsp", 4096, 8, 64, 100, least_work.gsp_work(1, 4096, 8, 64, 100, 4)),
+    ("gsp", 6000, 4, 60, 100, least_work.gsp_work(1, 6000, 4, 60, 100, 4)),
+    ("qcsp", 20000, 128, 96, 1, least_work.qcsp_work(1, 20000, 128, 96, 4)),
+    ("qcsp", 2000, 256, 400, 1, least_work.qcsp_work(1, 2000, 256, 400, 4)),
+    ("dpp_map", 20000, 1, 200, 1, least_work.dpp_map_work(1, 20000, 200)),
+    ("prune", 6000, 16, 200, 5, least_work.prune_work(1, 6000, 16, 200, 4, Q=2, rounds=5)),
+    ("prune", 20000, 16, 200, 1, least_work.prune_work(1, 20000, 16, 200, 4, Q=2)),
 ]
 
 
@@ -63,7 +63,7 @@ def test_no_more_than_the_arithmetic(
 @pytest.mark.parametrize(("n", "width", "k"), [(600, 32, 60), (2880, 128, 320)])
 def test_no_more_for_the_nearest_pick(program: pathlib.Path, n: int, width: int, k: int, kind: str) -> None:
     """max_min's first pick needs the nearest neighbour of many tokens: a triangle of S at most."""
-    work = testing.nearest_work(1, n, width, k, 4)
+    work = least_work.nearest_work(1, n, width, k, 4)
     multiply_adds, columns = count(program, "mmr", n, width, k, 1, kind)
     assert 0 < max(multiply_adds, columns) <= bound(work, n)
     multiply_adds, columns = count(program, "max_min", n, width, k, 1, kind)
@@ -72,5 +72,5 @@ def test_no_more_for_the_nearest_pick(program: pathlib.Path, n: int, width: int,
 
 def test_work_too_much_is_seen(program: pathlib.Path) -> None:
     """The work of 100 rounds is more than the bound of one."""
-    one = testing.gsp_work(1, 6000, 4, 3000, 1, 4)
+    one = least_work.gsp_work(1, 6000, 4, 3000, 1, 4)
     assert count(program, "gsp", 6000, 4, 60, 100, "spread")[0] > bound(one, 6000)

@@ -11,7 +11,7 @@
 namespace script::cpu {
 
 // Pieces that are worth one of somebody's standing threads, for one that has to be started.
-inline constexpr int64_t kLongerThanAStart = 16;
+inline constexpr int64_t kLongerThanAStart = 80;
 
 // Threads that live for one loop: each has to outlast its start by far. A loop within a loop runs in line. `always`:
 // also while that does not pay.

@@ -38,7 +38,7 @@ namespace {
 constexpr SimdOps make_ops() {
   SimdOps ops{};
   ops.name = SCRIPT_NAME(SCRIPT_SIMD_LEVEL);
-  ops.thread_work = 10'000'000;
+  ops.thread_work = 2'000'000;
   ops.widen_bf16 = widen_bf16;
   ops.widen_f16 = widen_f16;
   ops.row_stats = row_stats;

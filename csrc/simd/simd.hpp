@@ -50,7 +50,7 @@ struct Taken {
 
 struct SimdOps {
   const char* name;
-  int64_t thread_work;  // multiply-adds that are worth a thread: 0.1 to 0.3 ms of one core
+  int64_t thread_work;  // multiply-adds that are worth a thread: 20 to 60 us of one core
 
   void (*widen_bf16)(const uint16_t* x, int64_t n, float* out);
   void (*widen_f16)(const uint16_t* x, int64_t n, float* out);

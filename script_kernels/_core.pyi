@@ -30,6 +30,8 @@ def prune(
     aligned: _Array | None,
     query_mask: _Array | None,
     options: _Options,
+    split: str,
+    grid_width: int | None,
     threads: int,
 ) -> _Array: ...
 def prune_varlen(

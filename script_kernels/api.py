@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import checks, ops  # noqa: F401  (ops registers torch.ops.script)
-from .options import GspOptions, PruneOptions, QcspOptions
+from .options import GspOptions, ImageOptions, PruneOptions, QcspOptions
 
 __all__ = [
     "bipartite_match",
@@ -337,6 +337,8 @@ def prune(
     floor: float = 0.0,
     power: float = 1.0,
     reduce: str = "mean",
+    split: str = "raster",
+    grid_width: int | None = None,
 ) -> torch.Tensor:
     """Which `keep` of an image's N visual tokens a language model should see, given the question.
 
@@ -361,6 +363,11 @@ def prune(
             still counts by that much; 1 leaves the question out.
         power: and that to the power of `power`, 0 <= power <= 64.
         reduce: "mean" or "max" of a token's cosines to the query vectors, see `query_relevance`.
+        split: which tokens are GSP's sources, which it may drop. "raster": every other one, which in a grid of an even
+            width are the even columns. "checker": the squares of one colour of a checkerboard, the tokens being the
+            rows of a grid of `grid_width` columns, a divisor of N; the first of equally good tokens is then the one
+            that comes first when the pairs of every odd row have changed places.
+        grid_width: with split="checker" only.
 
     Returns:
         (B, keep) int64, distinct and ascending.
@@ -389,9 +396,11 @@ def prune(
         "floor": floor,
         "power": power,
         "reduce": reduce,
+        "split": split,
+        "grid_width": grid_width,
     }
     if not torch.compiler.is_compiling():
-        checks.prune(tokens, query, keep, aligned, query_mask, PruneOptions(**options))
+        checks.prune(tokens, query, keep, aligned, query_mask, ImageOptions(**options))
     return torch.ops.script.prune.default(tokens, query, keep, aligned=aligned, query_mask=query_mask, **options)
 
 

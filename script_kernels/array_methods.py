@@ -21,6 +21,7 @@ from .options import (
     GspOptions,
     PruneOptions,
     check_split,
+    checker_order,
     count,
     number,
     rounds_needed,
@@ -70,8 +71,8 @@ def split_order(n: int, split: str, grid_width: int | None) -> Array | None:
     check_split(n, split, grid_width)
     if grid_width is None or grid_width % 2:
         return None
-    place = np.arange(n, dtype=np.int64)
-    return place ^ (place // grid_width % 2)
+    order: Array = checker_order(np.arange(n, dtype=np.int64), grid_width)
+    return order
 
 
 def weighted(tokens: Array, relevance: Array | None, power: float, mix: float, floor: float, negate: bool) -> Weighted:

@@ -14,6 +14,7 @@ import torch
 from .options import (
     REDUCE,
     GspOptions,
+    ImageOptions,
     PruneOptions,
     QcspOptions,
     check_finite,
@@ -175,7 +176,7 @@ def prune(
     keep: int,
     aligned: torch.Tensor | None,
     query_mask: torch.Tensor | None,
-    options: PruneOptions,
+    options: ImageOptions,
 ) -> None:
     """Checks the arguments of `prune`."""
     _tokens(tokens)
@@ -195,6 +196,7 @@ def prune(
             width = aligned.shape[2]
         _query(query, query_mask, batch, tokens, width)
     options.check()
+    options.check_grid(n)
     options.check_drop(n, keep)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import arrays
-from .options import REDUCE, GspOptions, QcspOptions, check_finite, check_keeps, check_name, check_share
+from .options import REDUCE, GspOptions, QcspOptions, check_finite, check_keeps, check_name, check_share, check_split
 
 try:
     from . import _core
@@ -309,6 +309,8 @@ def prune(
     floor: float = 0.0,
     power: float = 1.0,
     reduce: str = "mean",
+    split: str = "raster",
+    grid_width: int | None = None,
     threads: int = 1,
 ) -> Array:
     """Picks `keep` of the N tokens of each image, relevant to the query and not redundant; see `script_kernels.prune`.
@@ -319,8 +321,8 @@ def prune(
         keep: 1 <= keep <= N.
         aligned: (B, N, C), the tokens in the query's space; default `tokens`.
         query_mask: (B or 1, Q) bool.
-        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor, power, reduce: see
-            `script_kernels.prune`.
+        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor, power, reduce, split,
+            grid_width: see `script_kernels.prune`.
         threads: how many threads the call may use, >= 1.
 
     Returns:
@@ -362,6 +364,8 @@ def prune(
         power=power,
         reduce=reduce,
     )
+    grid_width = arrays.whole(grid_width)
+    check_split(n, split, grid_width)
     options.check_drop(n, keep)
     return _core.prune(
         arrays.words(tokens),
@@ -370,6 +374,8 @@ def prune(
         None if aligned is None else arrays.words(aligned),
         query_mask,
         arrays.values(options),
+        split,
+        grid_width,
         arrays.threads(threads),
     )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
-from .options import GspOptions, PruneOptions, QcspOptions
+from .options import GspOptions, ImageOptions, PruneOptions, QcspOptions, checker_order
 
 # Fakes: shapes and dtypes of the outputs, after the checks. The dispatcher leaves out what has its default value.
 
@@ -81,7 +81,7 @@ def fake_prune(
     query_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    checks.prune(tokens, query, keep, aligned, query_mask, PruneOptions(**options))
+    checks.prune(tokens, query, keep, aligned, query_mask, ImageOptions(**options))
     return tokens.new_empty((tokens.shape[0], keep), dtype=torch.int64)
 
 
@@ -165,9 +165,17 @@ def cuda_prune(
 ) -> Tensor:
     from .triton.prune import launch_prune
 
-    options = PruneOptions(**given)
+    options = ImageOptions(**given)
     checks.prune(tokens, query, keep, aligned, query_mask, options)
-    return launch_prune(tokens, query, keep, options, aligned=aligned, query_mask=query_mask)
+    if not options.checkered:
+        return launch_prune(tokens, query, keep, options, aligned=aligned, query_mask=query_mask)
+    order = checker_order(torch.arange(tokens.shape[1], device=tokens.device), options.checkered)
+    tokens = tokens.index_select(1, order)
+    if query is not None and aligned is not None:
+        aligned = aligned.index_select(1, order)
+    kept = launch_prune(tokens, query, keep, options, aligned=aligned, query_mask=query_mask)
+    back: Tensor = checker_order(kept, options.checkered)
+    return back.sort(dim=1).values
 
 
 def cuda_prune_varlen(
@@ -238,7 +246,7 @@ OPS = (
     Op("mask_intersect(Tensor ranking, Tensor mask, SymInt k) -> Tensor", fake_mask_intersect, None),
     Op(
         "prune(Tensor tokens, Tensor? query, SymInt keep, *, Tensor? aligned=None, Tensor? query_mask=None, "
-        f"{PRUNE}) -> Tensor",
+        f'{PRUNE}, str split="raster", int? grid_width=None) -> Tensor',
         fake_prune,
         cuda_prune,
     ),

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 COMBINE = ("intersect", "restrict", "union")
 REDUCE = ("mean", "max")
@@ -110,6 +111,9 @@ def check_split(n: int, split: str, grid_width: int | None) -> None:
         raise ValueError(f"grid_width: expected it with split='checker' only, got {grid_width} with 'raster'")
     if grid_width is None:
         raise ValueError("grid_width: expected the tokens of a row of the grid with split='checker', got None")
+    check_int(grid_width, "grid_width")
+    if is_symbolic(n) or is_symbolic(grid_width):
+        return
     if n % count(grid_width, "grid_width", 1):
         raise ValueError(f"grid_width: expected a divisor of N = {n}, the tokens of whole rows, got {grid_width}")
 
@@ -236,6 +240,34 @@ class PruneOptions(GspOptions):
     def ranked(self, n: int, keep: int) -> int:
         """Length of QCSP's ranking, for `keep` of n tokens."""
         return min(n, math.ceil(self.oversample * keep)) if self.combine == "intersect" else keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(PruneOptions):
+    """What `prune` takes besides, whose images may be grids: see `script_kernels.prune`."""
+
+    split: str = "raster"
+    grid_width: int | None = None
+
+    def check_grid(self, n: int) -> None:
+        """Raises TypeError or ValueError unless n tokens can be split so."""
+        check_split(n, self.split, self.grid_width)
+
+    @property
+    def checkered(self) -> int:
+        """The grid's columns, where tokens have to change places: an odd width's squares of one colour are every other
+        token anyway. Else 0."""
+        columns = self.grid_width if self.split == "checker" else None
+        return 0 if columns is None or columns % 2 else columns
+
+
+def checker_order(place: Any, grid_width: int) -> Any:
+    """Tokens by a place (a range, as an array or a tensor of ints): an order whose even places are GSP's first sources.
+
+    In raster order of an even width these would be the even columns. With the pairs of every odd row swapped they are
+    the squares of one colour of a checkerboard. The order is its own inverse.
+    """
+    return place ^ (place // grid_width % 2)  # swaps 2 i and 2 i + 1, which an even width has in one row
 
 
 def survivors_of(n: int, keep: int, survivors: float) -> int:

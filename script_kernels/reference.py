@@ -1,8 +1,7 @@
 """Eager PyTorch oracle of every op, written to be read.
 
-Each function has the name, arguments and returns of the op it describes, and ``dtype``: the floating type the
-mathematics runs in (float64 for an oracle). All work on any device and take the inputs exactly as the ops get them,
-after rounding.
+Each function has the name, arguments and returns of the op it describes, and ``dtype``: the floating type that its
+mathematics runs in (float64 for an oracle). All work on any device, on inputs rounded as the ops get them.
 
 The mathematics follows *Script* (arXiv 2512.01949), CDPruner (arXiv 2506.10967) and the fast greedy MAP of Chen et al.
 2018.
@@ -381,44 +380,49 @@ def prune(
     gsp_drop: float = 0.25,
     oversample: float = 2.0,
     combine: str = "intersect",
-    threshold: float = 0.2,
-    gamma: float = 1.0,
-    min_degree: int = 4,
     rounds: int = 1,
     floor: float = 0.0,
     power: float = 1.0,
     reduce: str = "mean",
+    split: str = "raster",
+    grid_width: int | None = None,
     dtype: torch.dtype = torch.float32,
+    **graph: Any,
 ) -> Tensor:
     """Picks ``keep`` of the N tokens (B, N, D), neither redundant nor beside the query; (B, keep) ascending indices."""
     B, N, _ = tokens.shape
+    order = torch.arange(N, device=tokens.device)
+    if split == "checker" and grid_width is not None and grid_width % 2 == 0:
+        # With the pairs of every odd row swapped, even places are the squares of one colour.
+        order = torch.where(order // grid_width % 2 == 1, order + 1 - 2 * (order % 2), order)
+    tokens = tokens[:, order]
+    bad = bad_rows(tokens)
     if query is None:
-        relevance = torch.ones(B, N, dtype=dtype, device=tokens.device).masked_fill(bad_rows(tokens), 0.0)
+        relevance = torch.ones(B, N, dtype=dtype, device=tokens.device).masked_fill(bad, 0.0)
     else:
-        relevance = query_relevance(
-            tokens if aligned is None else aligned, query, query_mask, negate=negate, reduce=reduce, dtype=dtype
-        )
+        space = tokens if aligned is None else aligned[:, order]
+        bad = bad | bad_rows(space)
+        relevance = query_relevance(space, query, query_mask, negate=negate, reduce=reduce, dtype=dtype)
         relevance = (floor + (1 - floor) * relevance) ** power
     survivors = N - math.floor(gsp_drop * N)
     if combine == "union":
         survivors = (keep + 1) // 2
         rounds = next(r for r in range(rounds, N + 1) if gsp_quotas(N, survivors, r) is not None)
-    graph: dict[str, Any] = {"threshold": threshold, "gamma": gamma, "min_degree": min_degree, "rounds": rounds}
-    mask, _ = gsp(tokens, survivors, **graph, dtype=dtype)
-    bad = bad_rows(tokens) if query is None or aligned is None else bad_rows(tokens) | bad_rows(aligned)
+    mask, _ = gsp(tokens, survivors, rounds=rounds, **graph, dtype=dtype)
     if combine == "intersect":
         pool = min(N, math.ceil(oversample * keep))
         ranking, _ = _select(tokens, relevance, bad.long() * 2, pool, dtype)
-        return mask_intersect(ranking, mask, keep)
-    if combine == "restrict":
-        indices, _ = _select(tokens, relevance, torch.where(mask, 0, 1).masked_fill(bad, 2), keep, dtype)
-        return indices.sort(dim=1).values
-    if combine == "union":
+        kept = mask_intersect(ranking, mask, keep)
+    elif combine == "restrict":
+        kept, _ = _select(tokens, relevance, torch.where(mask, 0, 1).masked_fill(bad, 2), keep, dtype)
+    elif combine == "union":
         ranking, _ = _select(tokens, relevance, bad.long() * 2, keep, dtype)
         first = mask.to(torch.int64) * 2 * N  # GSP's tokens, then the ranking's
         place = torch.arange(keep, 0, -1, device=tokens.device).expand_as(ranking)
-        return (first + torch.zeros_like(first).scatter(1, ranking, place)).topk(keep).indices.sort(dim=1).values
-    raise ValueError(f"combine: expected 'intersect', 'restrict' or 'union', got {combine!r}")
+        kept = (first + torch.zeros_like(first).scatter(1, ranking, place)).topk(keep).indices
+    else:
+        raise ValueError(f"combine: expected 'intersect', 'restrict' or 'union', got {combine!r}")
+    return order[kept].sort(dim=1).values
 
 
 @torch.no_grad()
@@ -432,15 +436,12 @@ def prune_varlen(
     **options: Any,
 ) -> Tensor:
     """``prune`` of each segment of the packed tokens (T, D); (sum(keep),) indices into the packed tokens."""
-    bounds = cu_seqlens.tolist()
     kept = [torch.empty(0, dtype=torch.int64, device=tokens.device)]
-    for s, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        if stop == start:
-            continue
-        own_query = None if query is None else query[s % query.shape[0], None]
-        own_aligned = None if aligned is None else aligned[None, start:stop]
-        local = prune(tokens[None, start:stop], own_query, keep[s], aligned=own_aligned, **options)
-        kept.append(local[0] + start)
+    for s, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        if stop > start:
+            asked = None if query is None else query[s % query.shape[0], None]
+            space = None if aligned is None else aligned[None, start:stop]
+            kept.append(start + prune(tokens[None, start:stop], asked, keep[s], aligned=space, **options)[0])
     return torch.cat(kept)
 
 
@@ -481,9 +482,8 @@ def released_prune(
 ) -> Tensor:
     """The authors' released pipeline, for reproducing published tables; (B, keep) ascending indices.
 
-    Its graph stage scores every token against all others and keeps the ``keep`` *most* redundant ones. Its selection
-    has exactly ``keep`` members, so "intersect, then fill from the selection" is that selection, whatever the graph
-    stage kept.
+    Its graph stage keeps the ``keep`` *most* redundant tokens, scored against all others. Its selection has exactly
+    ``keep`` members, so "intersect, then fill from the selection" is that selection, whatever the graph stage kept.
     """
     N = tokens.shape[1]
     similarity = cosine(tokens, tokens, dtype)

@@ -10,7 +10,7 @@ from op_cases import OPS
 
 import script_kernels
 from script_kernels import ops
-from script_kernels.options import GspOptions, PruneOptions, QcspOptions
+from script_kernels.options import GspOptions, ImageOptions, PruneOptions, QcspOptions
 
 FROZEN = """
 query_relevance(Tensor tokens, Tensor query, Tensor? query_mask=None, *, bool negate=False, str reduce="mean")
@@ -27,7 +27,8 @@ mmr(Tensor tokens, Tensor relevance, SymInt k, *, float balance=0.5) -> (Tensor 
 mask_intersect(Tensor ranking, Tensor mask, SymInt k) -> Tensor
 prune(Tensor tokens, Tensor? query, SymInt keep, *, Tensor? aligned=None, Tensor? query_mask=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
-      int min_degree=4, int rounds=1, float floor=0.0, float power=1.0, str reduce="mean") -> Tensor
+      int min_degree=4, int rounds=1, float floor=0.0, float power=1.0, str reduce="mean", str split="raster",
+      int? grid_width=None) -> Tensor
 prune_varlen(Tensor tokens, Tensor cu_seqlens, Tensor? query, SymInt[] keep, *, Tensor? aligned=None, bool negate=False,
       float gsp_drop=0.25, float oversample=2.0, str combine="intersect", float threshold=0.2, float gamma=1.0,
       int min_degree=4, int rounds=1, float floor=0.0, float power=1.0, str reduce="mean") -> Tensor
@@ -62,7 +63,7 @@ def test_public_function_has_the_schema_s_arguments(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("gsp", GspOptions), ("qcsp", QcspOptions), ("prune", PruneOptions), ("prune_varlen", PruneOptions)],
+    [("gsp", GspOptions), ("qcsp", QcspOptions), ("prune", ImageOptions), ("prune_varlen", PruneOptions)],
 )
 def test_options_are_the_schema_s(name: str, options: type[GspOptions]) -> None:
     """Numbers, flags and strings of an op are the fields of its options, with the same defaults."""

@@ -8,7 +8,7 @@ import test_prune_varlen
 import torch
 from triton_interpreter import BACKEND, DEVICE, quiet
 
-from script_kernels import reference, testing
+from script_kernels import ops, reference, testing
 from script_kernels.triton.kernels import layout
 from script_kernels.triton.kernels.choose import launch_intersect, launch_place
 from script_kernels.triton.kernels.layout import Layout
@@ -36,6 +36,20 @@ def test_shapes(n, keep, dtype, combine):
     query = testing.make_query(1, 3, 20, dtype=dtype, device=DEVICE)
     kept = BACKEND.prune(tokens, query, keep, combine=combine)
     test_prune.assert_selection(kept, 2, n, keep)
+
+
+@pytest.mark.parametrize("combine", ["restrict", "union"])
+def test_checkered_tokens_go_through_the_op_s_entry(combine):
+    """On the same kernels, in the order of the checkerboard, and back."""
+    asked = {"combine": combine, "split": "checker", "grid_width": 6}
+    for aligned in (None, testing.make_tokens("gaussian", 2, 54, 12)):
+        tokens = testing.make_tokens("clustered", 2, 54, 20)
+        query = testing.make_query(1, 3, 20 if aligned is None else 12)
+        device = [x if x is None else x.to(DEVICE) for x in (tokens, query, aligned)]
+        kept = ops.cuda_prune(*device[:2], 9, aligned=device[2], **asked)
+        assert torch.equal(kept.cpu(), reference.prune(tokens, query, 9, aligned=aligned, dtype=torch.float64, **asked))
+    with pytest.raises(ValueError, match="grid_width: expected a divisor"):
+        ops.cuda_prune(device[0], None, 9, split="checker", grid_width=5)
 
 
 def test_full_size():

@@ -106,7 +106,7 @@ class PackedTokens {
 
  private:
   const float* bf16_row(int64_t i, float* widened, float* out) const {
-    const uint16_t* x = static_cast<const uint16_t*>(tokens_.data) + i * tokens_.row_stride;
+    const uint16_t* x = static_cast<const uint16_t*>(tokens_.data) + tokens_.place(i) * tokens_.row_stride;
     const bool in_place = tokens_.column_stride == 1 && tokens_.width % 2 == 0 && table_.scale[i] == 1.0f;
     if (in_place) return reinterpret_cast<const float*>(x);  // read as 16-bit values by the kernels
     uint16_t* y = reinterpret_cast<uint16_t*>(out);

@@ -60,7 +60,13 @@ inline void mask_union(const int64_t* ranking, const Truth* mask, int64_t n, int
   std::sort(out, out + k);
 }
 
-// What an image is pruned by. `aligned`: the tokens in the query's space, where `tokens` are not in it.
+// The columns of TokenView::checkered. In raster order of an odd width the squares of one colour are every other token.
+inline int64_t checkered_columns(const std::string& split, const std::optional<int64_t>& grid_width) {
+  return split == "checker" && grid_width.has_value() && *grid_width % 2 == 0 ? *grid_width : 0;
+}
+
+// What an image is pruned by, both in one order. `aligned`: the tokens in the query's space, where `tokens` are not in
+// it.
 struct PruneInput {
   TokenView tokens;
   std::optional<TokenView> aligned;
@@ -118,12 +124,21 @@ inline void prune(const PruneInput& input, int64_t keep, const PruneOptions& opt
   } else {
     mask_intersect(ranking.indices, 1, ranked, survives, 1, keep, kept);
   }
+  if (input.tokens.checkered == 0) return;
+  for (int64_t i = 0; i < keep; ++i) kept[i] = input.tokens.place(kept[i]);
+  std::sort(kept, kept + keep);
 }
 
 struct PruneBatch {
   TokenBatch tokens;
   std::optional<TokenBatch> aligned;
   std::optional<QueryBatch> query;
+
+  // See TokenView::checkered.
+  void checker(int64_t columns) {
+    tokens.first.checkered = columns;
+    if (aligned.has_value()) aligned->first.checkered = columns;
+  }
 };
 
 // A batch: `keep` indices per image.

@@ -25,6 +25,12 @@ struct TokenView {
   DType dtype = DType::kFloat32;
   int64_t count = 0, width = 0;
   int64_t row_stride = 0, column_stride = 1;
+  // Columns of a grid of tokens, an even number: in each of its odd rows, tokens 2 i and 2 i + 1 have changed places,
+  // so that even ones are the squares of one colour of a checkerboard. 0: tokens as they come.
+  int64_t checkered = 0;
+
+  // Where in memory token i is; and the other way round.
+  int64_t place(int64_t i) const { return checkered == 0 ? i : i ^ (i / checkered % 2); }
 
   // The same rows, `elements` further on in memory; of no rows there may be no memory.
   TokenView moved(int64_t elements) const {
@@ -41,7 +47,7 @@ struct TokenView {
 
   // Row i as contiguous fp32: the row itself where it is that already, else written to `buffer` (width floats).
   const float* row(int64_t i, float* buffer) const {
-    const int64_t start = i * row_stride;
+    const int64_t start = place(i) * row_stride;
     if (dtype == DType::kFloat32) {
       const float* x = static_cast<const float*>(data) + start;
       if (column_stride == 1) return x;

@@ -221,12 +221,14 @@ cpu::PruneOptions options_of(const PruneTuple& given) {
 
 Array<int64_t> prune(const py::array& tokens, const std::optional<py::array>& query, int64_t keep,
                      const std::optional<py::array>& aligned, const std::optional<Array<bool>>& query_mask,
-                     const PruneTuple& options, int64_t threads) {
+                     const PruneTuple& options, const std::string& split, const std::optional<int64_t>& grid_width,
+                     int64_t threads) {
   Array<int64_t> out({tokens.shape(0), static_cast<py::ssize_t>(keep)});
   int64_t* kept = out.mutable_data();
   cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
+  batch.checker(cpu::checkered_columns(split, grid_width));
   WithoutGil release;
   cpu::prune(batch, keep, options_of(options), kept, cpu::loop_threads(threads));
   return out;

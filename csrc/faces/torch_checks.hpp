@@ -169,6 +169,19 @@ inline void check_gsp_parameters(double threshold, double gamma, int64_t min_deg
   SCRIPT_CHECK(rounds <= cpu::kMostRounds, "rounds", text("rounds <= ", cpu::kMostRounds), rounds);
 }
 
+// Whether n tokens can alternate as asked between GSP's sources and destinations.
+inline void check_split(int64_t n, const std::string& split, const std::optional<int64_t>& grid_width) {
+  SCRIPT_CHECK(split == "raster" || split == "checker", "split", "'raster' or 'checker'", "'", split, "'");
+  if (split == "raster") {
+    if (!grid_width.has_value()) return;
+    SCRIPT_CHECK(false, "grid_width", "it with split='checker' only", *grid_width, " with 'raster'");
+  }
+  SCRIPT_CHECK(grid_width.has_value(), "grid_width", "the tokens of a row of the grid with split='checker'", "None");
+  SCRIPT_CHECK(*grid_width >= 1, "grid_width", "grid_width >= 1", *grid_width);
+  SCRIPT_CHECK(n % *grid_width == 0, "grid_width", text("a divisor of N = ", n, ", the tokens of whole rows"),
+               *grid_width);
+}
+
 // What `prune` and `prune_varlen` share.
 inline void check_prune_parameters(double gsp_drop, double oversample, const std::string& combine, double floor,
                                    double power, const std::string& reduce) {

@@ -202,15 +202,18 @@ Tensor mask_intersect(const Tensor& ranking, const Tensor& mask, int64_t k) {
 Tensor prune(const Tensor& tokens, const std::optional<Tensor>& query, int64_t keep,
              const std::optional<Tensor>& aligned, const std::optional<Tensor>& query_mask, bool negate,
              double gsp_drop, double oversample, StringHandle combine_handle, double threshold, double gamma,
-             int64_t min_degree, int64_t rounds, double floor, double power, StringHandle reduce_handle) {
-  const OwnedString owned(combine_handle), owned_reduce(reduce_handle);
-  const std::string combine = owned.text(), reduce = owned_reduce.text();
+             int64_t min_degree, int64_t rounds, double floor, double power, StringHandle reduce_handle,
+             StringHandle split_handle, std::optional<int64_t> grid_width) {
+  const OwnedString owned(combine_handle), owned_reduce(reduce_handle), owned_split(split_handle);
+  const std::string combine = owned.text(), reduce = owned_reduce.text(), split = owned_split.text();
   check_prune(tokens, query, keep, aligned, query_mask, gsp_drop, oversample, combine, threshold, gamma, min_degree,
               rounds, floor, power, reduce);
+  check_split(tokens.size(1), split, grid_width);
   Tensor out = empty({tokens.size(0), keep}, ScalarType::Long);
   cpu::PruneBatch batch{batch_of(tokens), std::nullopt, std::nullopt};
   if (query.has_value()) batch.query = query_of(*query, query_mask);
   if (aligned.has_value()) batch.aligned = batch_of(*aligned);
+  batch.checker(cpu::checkered_columns(split, grid_width));
   const cpu::GspOptions graph = cpu::gsp_options(threshold, gamma, min_degree, rounds);
   const cpu::PruneOptions options{
       negate, gsp_drop, oversample, cpu::combine_of(combine), floor, power, cpu::reduce_of(reduce), graph};

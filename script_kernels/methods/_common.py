@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, query_relevance
-from ..options import check_split
+from ..options import check_split, checker_order
 
 
 def check(tokens: Tensor, relevance: Tensor | None, keep: int) -> None:
@@ -15,17 +15,13 @@ def check(tokens: Tensor, relevance: Tensor | None, keep: int) -> None:
 
 
 def split_order(tokens: Tensor, split: str, grid_width: int | None) -> Tensor | None:
-    """(N,) int64: the tokens in an order whose even places are GSP's first sources; None: as they come.
-
-    In raster order of an even width the sources are the even columns. With the pairs of every odd row swapped they are
-    the squares of one colour of a checkerboard; of an odd width they are already.
-    """
+    """(N,) int64: the tokens in an order whose even places are GSP's first sources; None: as they come."""
     n = tokens.shape[1]
     check_split(n, split, grid_width)
     if grid_width is None or grid_width % 2:
         return None
-    place = torch.arange(n, device=tokens.device)
-    return place ^ (place // grid_width % 2)  # swaps 2 i and 2 i + 1, which an even width has in one row
+    order: Tensor = checker_order(torch.arange(n, device=tokens.device), grid_width)
+    return order
 
 
 def ones(tokens: Tensor) -> Tensor:

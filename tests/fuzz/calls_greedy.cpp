@@ -348,6 +348,9 @@ class Prune : public Call {
       batch_.query = query_->batch();
     }
     later_options(in, options_);
+    // Columns of a grid, of which there may be any number that divides its tokens.
+    const int64_t columns = in.byte();
+    if (columns > 0 && shape_.count % columns == 0) batch_.checker(cpu::checkered_columns("checker", columns));
     output(kept_, shape_.images * keep_);
   }
   void run(const cpu::Threads& threads) override { cpu::prune(batch_, keep_, options_, kept_.data(), threads); }
@@ -356,7 +359,14 @@ class Prune : public Call {
       cpu::PruneInput input{batch_.tokens[b], std::nullopt, std::nullopt};
       if (batch_.aligned.has_value()) input.aligned = (*batch_.aligned)[b];
       if (batch_.query.has_value()) input.query = (*batch_.query)[b];
-      require_kept(kept_.data() + b * keep_, keep_, shape_.count, by_stages(input, keep_, options_, b), b);
+      std::vector<int64_t> expected = by_stages(input, keep_, options_, b);
+      // Back from pairs that changed places in odd rows of the grid.
+      const int64_t columns = batch_.tokens.first.checkered;
+      for (int64_t& i : expected) {
+        if (columns != 0 && i / columns % 2 == 1) i += i % 2 == 0 ? 1 : -1;
+      }
+      std::sort(expected.begin(), expected.end());
+      require_kept(kept_.data() + b * keep_, keep_, shape_.count, expected, b);
     }
   }
 

@@ -291,15 +291,15 @@ def _certify_image(K: np.ndarray, indices: np.ndarray, given: np.ndarray | None,
 
 
 def _rounding(K: np.ndarray, factor: np.ndarray, picks: np.ndarray, token: int) -> float:
-    """How far a token's residual moves where every K_ij is rounded by 2^-23 sqrt(K_ii K_jj).
+    """How far a token's residual moves where every K_ij is off by 2^-22 sqrt(K_ii K_jj): four roundings to float32.
 
-    The residual is v' K v, v being 1 at the token and less its weights in the picks at these: it moves by at most 2^-23
-    (sum_i |v_i| sqrt(K_ii))^2. The weights grow where picks are nearly dependent, and then no float32 kernel holds more
-    digits of the residual, whatever is computed of it.
+    The residual is v' K v, v being 1 at the token and less its weights in the picks at these: it moves by at most 2^-22
+    (sum_i |v_i| sqrt(K_ii))^2. The weights grow where picks are nearly dependent, and then a float32 kernel does not
+    hold more digits of the residual, whatever is computed of it.
     """
     weights = np.linalg.solve(factor[:, picks], factor[:, token]) if len(picks) else np.zeros(0)
     roots = np.sqrt(np.maximum(np.diag(K), 0.0))
-    return float((roots[token] + np.abs(weights) @ roots[picks]) ** 2 * 2.0**-23)
+    return float((roots[token] + np.abs(weights) @ roots[picks]) ** 2 * 2.0**-22)
 
 
 def certify_max_min(tokens: Tensor, relevance: Tensor | None, indices: Tensor, *, tol: float = 1e-5) -> Tensor:

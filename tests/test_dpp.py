@@ -44,6 +44,17 @@ def test_qcsp_is_the_exact_greedy(backend, kind, dtype, weighted, shape, k):
     assert_qcsp(backend, tokens, relevance, k)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "cosine"), [(10, 0.6), (14, 0.5), (18, 0.4)])
+def test_qcsp_of_wide_tokens_whose_picks_are_nearly_dependent(backend, n, cosine, dtype):
+    """Columns of Kahan's matrix, turned at random into rows of 1000: weights grow, and all digits come into it."""
+    generator = torch.Generator().manual_seed(n)
+    scale = (1 - cosine**2) ** (torch.arange(n).double()[:, None] / 2)
+    columns = scale * (torch.eye(n).double() - cosine * torch.ones(n, n).double().triu(1))
+    turned = torch.linalg.qr(torch.randn(1000, n, generator=generator).double())[0] @ columns
+    assert_qcsp(backend, turned.mT[None].to(dtype), 1 - 0.01 * torch.arange(n).float()[None], n)
+
+
 @pytest.mark.parametrize(("kind", "weighted"), [("powerlaw", False), ("photo", True)])
 def test_qcsp_at_full_size(backend, kind, weighted):
     tokens = testing.make_tokens(kind, 1, 2880, 384)

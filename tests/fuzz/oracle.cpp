@@ -39,8 +39,8 @@ void require_distinct(const int64_t* picks, int64_t k, int64_t n, int64_t image)
 namespace {
 
 // The part of a token's residual that hangs on digits of K which float32 does not hold. The residual is v' K v, where v
-// is 1 at the token and less its weights in the picks at these; rounding every K_ij by 2^-23 sqrt(K_ii K_jj) moves it
-// by 2^-23 (sum |v_i| sqrt(K_ii))^2. Where picks are nearly dependent the weights grow, and no float32 holds more.
+// is 1 at the token and less its weights in the picks at these; errors of 2^-22 sqrt(K_ii K_jj), four roundings, in
+// every K_ij move it by 2^-22 (sum |v_i| sqrt(K_ii))^2. Where picks are nearly dependent the weights grow.
 double rounding(const Kernel& kernel, const std::vector<size_t>& picks, const Rows& factor, size_t token) {
   std::vector<double> weights(factor.size());
   double sum = std::sqrt(std::max(kernel[token][token], 0.0));
@@ -50,7 +50,7 @@ double rounding(const Kernel& kernel, const std::vector<size_t>& picks, const Ro
     weights[s] = rest / factor[s][picks[s]];
     sum += std::fabs(weights[s]) * std::sqrt(kernel[picks[s]][picks[s]]);
   }
-  return std::ldexp(sum * sum, -23);
+  return std::ldexp(sum * sum, -22);
 }
 
 }  // namespace

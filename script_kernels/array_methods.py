@@ -272,7 +272,7 @@ METHODS: dict[str, Method] = {
     "stride": stride,
     "random": random,
 }
-ELSEWHERE = ("tome_drop", "dart", "released_script")  # in `script_kernels.methods`, which needs PyTorch
+ELSEWHERE = ("focus", "tome_drop", "dart", "released_script")  # in `script_kernels.methods`, which needs PyTorch
 
 
 def select(

@@ -12,6 +12,7 @@ from typing import Any
 
 COMBINE = ("intersect", "restrict", "union")
 REDUCE = ("mean", "max")
+REDUCE_BY_METHODS = (*REDUCE, "above")  # what `methods.relevance_of` takes
 SPLIT = ("raster", "checker")
 MOST_POWER = 64  # of a relevance: a larger one would leave nothing but the largest
 # A round is a matching of all that is left. A hundred of them get to one token in a hundred; more would only be time.

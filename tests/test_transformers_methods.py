@@ -101,7 +101,7 @@ def test_a_calibration_stands_for_its_best_candidate(tmp_path):
     [
         ({"method": "best"}, ValueError, "method: expected a callable or one of"),
         ({"method": 3}, TypeError, "method: expected a name or a callable"),
-        ({"reduce": "median"}, ValueError, "reduce: expected 'mean' or 'max'"),
+        ({"reduce": "median"}, ValueError, "reduce: expected 'mean', 'max' or 'above', got 'median'"),
         ({"method": "dpp", "power": 2.0}, TypeError, "options: expected some of negate, ridge, got power"),
     ],
 )

@@ -54,9 +54,9 @@ def test_other_processor_keywords_are_left() -> None:
         ({"keep": 3, "gsp_drop": 1.5}, r"script_gsp_drop: expected"),
         ({"keep": 3, "rounds": "two"}, r"script_rounds: expected"),
         ({"keep": 3, "negate": "yes"}, r"script_negate: expected a bool, got 'yes'"),
-        ({"keep": 3, "method": "best"}, r"script_method: expected one of script, cdpruner, .*, got 'best'"),
-        ({"keep": 3, "method": ["dpp"]}, r"script_method: expected one of script, cdpruner, .*, got \['dpp'\]"),
-        ({"keep": 3, "reduce": "sum"}, r"script_reduce: expected 'mean' or 'max', got 'sum'"),
+        ({"keep": 3, "method": "best"}, r"script_method: expected one of script, focus, .*, got 'best'"),
+        ({"keep": 3, "method": ["dpp"]}, r"script_method: expected one of script, focus, .*, got \['dpp'\]"),
+        ({"keep": 3, "reduce": "sum"}, r"script_reduce: expected 'mean', 'max' or 'above', got 'sum'"),
         ({"keep": 3, "method": "cdpruner", "power": -1}, r"script_power: expected 0 <= power <= 64, got -1"),
         ({"keep": 3, "power": True}, r"script_power: expected a float, got bool"),
         ({"keep": 3, "mix": "half"}, r"script_mix: expected a float, got str"),
@@ -209,6 +209,16 @@ def test_what_a_question_leaves_open_is_settled_as_in_transformers() -> None:
 )
 def test_an_engine_that_is_too_old(version: str, old: bool) -> None:
     assert too_old(version) == old
+
+
+def test_a_grid_is_checked_against_each_image():
+    chosen = Settings(keep=9, method="focus", query="text", options={"grid_width": 6})
+    assert chosen.placeholders(36) == 9
+    assert chosen.rule.reduce == "above"
+    with pytest.raises(ValueError, match="script_grid_width: expected a divisor of N = 40"):
+        chosen.placeholders(40)
+    with pytest.raises(ValueError, match="script_grid_width: expected grid_width >= 1"):
+        Settings(keep=9, method="focus", options={"grid_width": 0})
 
 
 def test_a_checkered_split_is_checked_against_each_image():

@@ -22,6 +22,7 @@ from ..options import GspOptions, PruneOptions
 from ._common import check, relevance_of
 from .diverse import divprune, mmr
 from .dpp import cdpruner, dpp, otprune, resprune, script
+from .focus import focus
 from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
 
 __all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select", "settled"]
@@ -30,6 +31,7 @@ Method = Callable[..., torch.Tensor]
 
 METHODS: dict[str, Method] = {
     "script": script,
+    "focus": focus,
     "cdpruner": cdpruner,
     "dpp": dpp,
     "resprune": resprune,
@@ -45,7 +47,7 @@ METHODS: dict[str, Method] = {
     "released_script": released_script,
 }
 # The others do the same whatever the question; they may be given a relevance, and leave it alone.
-NEEDS_RELEVANCE = frozenset({"script", "cdpruner", "resprune", "mmr", "relevance", "released_script"})
+NEEDS_RELEVANCE = frozenset({"script", "focus", "cdpruner", "resprune", "mmr", "relevance", "released_script"})
 
 
 def get(method: str | Method) -> Method:
@@ -95,6 +97,8 @@ def settled(
     asked: whether there is a question. Without one, and for other methods, open ones are the method's own.
     """
     found = dict(options)
+    if method == "focus" and asked:
+        return found, reduce or "above"
     if method != "script" or not asked:
         return found, reduce or "mean"
     for names, chosen in ASKED.items():

@@ -55,9 +55,21 @@ def relevance_of(
     """Relevance (B, N) in [0, 1] of tokens (B, N, C) to query vectors (B or 1, Q, C), masked (B or 1, Q).
 
     `script_kernels.query_relevance` by the name that the integrations use: reduce "max" takes the largest cosine
-    instead of the mean, so that one word that fits is not averaged away.
+    instead of the mean, so that one word that fits is not averaged away. "above" takes the largest of how far a cosine
+    lies above the median of its word's over the image, so that a word that is near to everything hides no other.
 
     Raises:
         ValueError, TypeError: what `query_relevance` raises.
     """
-    return query_relevance(tokens, query, query_mask, reduce=reduce, negate=negate)
+    if reduce != "above":
+        return query_relevance(tokens, query, query_mask, reduce=reduce, negate=negate)
+    checks.query_relevance(tokens, query, query_mask, negate)
+    good = finite(tokens)
+    cosine = unit(tokens) @ unit(query).mT * (-1 if negate else 1)  # (B, N, Q)
+    above = cosine - cosine.masked_fill(~good[..., None], math.nan).nanmedian(1, keepdim=True).values
+    known = finite(query) if query_mask is None else finite(query) & query_mask
+    score = above.masked_fill(~known[:, None], -math.inf).amax(2)
+    low = score.masked_fill(~good, math.inf).amin(1, keepdim=True)
+    high = score.masked_fill(~good, -math.inf).amax(1, keepdim=True)
+    spread = high - low
+    return torch.where(spread > 1e-6, (score - low) / spread.clamp(min=1e-6), 1.0).masked_fill(~good, 0.0)

@@ -310,8 +310,9 @@ def prune_inputs(
             that still hold a token, on top of the budget. An image that stays whole keeps them.
         method: a name from `script_kernels.methods`, or a callable `(tokens (1, N, D), relevance (1, N) or None, keep,
             **options) -> (1, keep)`, which is called once for each unit and whose result is checked.
-        reduce: relevance by the "mean" cosine of a token to the query's vectors, or by the largest ("max"). None: "max"
-            for "script", else "mean".
+        reduce: relevance by the "mean" cosine of a token to the query's vectors, by the largest ("max"), or by the
+            largest above the median of its vector's over the image ("above"). None: "max" for "script", "above" for
+            "focus", else "mean".
         calibration: what a calibration found, or the file it is in: sets method, reduce and options, whether there is a
             query, and keep if neither keep nor keep_ratio is given.
         options: `negate`, and those of the method; of "script" `gsp_drop`, `oversample`, `combine`, `threshold`,

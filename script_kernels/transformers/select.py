@@ -16,6 +16,7 @@ from torch import Tensor
 
 from script_kernels import methods, prune, prune_varlen
 from script_kernels.calibrate import Calibration, Candidate
+from script_kernels.options import REDUCE_BY_METHODS, check_name
 
 from .device import send
 from .layouts import Visual
@@ -54,8 +55,8 @@ class Budget:
             raise ValueError(f"per: expected one of {', '.join(UNITS)}, got {self.per!r}")
         if self.newlines not in ("drop", "lines"):
             raise ValueError(f"newlines: expected 'drop' or 'lines', got {self.newlines!r}")
-        if self.reduce not in (None, "mean", "max"):
-            raise ValueError(f"reduce: expected 'mean' or 'max', got {self.reduce!r}")
+        if self.reduce is not None:
+            check_name(self.reduce, "reduce", REDUCE_BY_METHODS)
         chosen = methods.get(self.method)
         if isinstance(self.method, str):
             known = list(methods.options_of(chosen))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache
 from typing import Any
 
-from ..options import PruneOptions, check_split, count
+from ..options import REDUCE_BY_METHODS, PruneOptions, check_split, count
 
 PREFIX = "script_"
 BUDGET = ("keep", "keep_ratio")
@@ -72,7 +72,8 @@ class Rule:
             from .. import methods
 
             if options.get("grid_width") is not None:  # whether it fits an image is known when there is one
-                check_split(count(options["grid_width"], "grid_width", 1), options["split"], options["grid_width"])
+                width = count(options["grid_width"], "grid_width", 1)
+                check_split(width, options.get("split", "checker"), width)
                 options["grid_width"] = 1
             # The method's own checks, on an image of one token.
             methods.select(torch.ones(1, 1, 1), torch.ones(1, 1), 1, method=self.method, **options)
@@ -82,9 +83,9 @@ class Rule:
     def check_image(self, tokens: int, keep: int) -> None:
         """Raises ValueError where the rule cannot get from so many tokens to `keep`."""
         options = dict(self.options)
-        if options.get("split") == "checker":
+        if options.get("grid_width") is not None:
             try:
-                check_split(tokens, options["split"], options["grid_width"])
+                check_split(tokens, "checker", options["grid_width"])
             except ValueError as error:
                 raise ValueError(f"{PREFIX}{error}") from None
         if self.method != "script":
@@ -118,7 +119,7 @@ class Settings:
     keep: tokens that stay of an image; one that has fewer stays whole. keep_ratio: instead, the share that stays, in
     (0, 1], rounded up. query: None, or "text": the user's words, which then belong to the image's cache identity, if
     the method looks at them. method: a name of `script_kernels.methods`. reduce: of the cosines to several words,
-    "mean" or "max". options: those of the method that were given.
+    "mean", "max" or "above" their median over the image. options: those of the method that were given.
     """
 
     keep: int | None = None
@@ -138,8 +139,8 @@ class Settings:
             raise ValueError(f"script_keep_ratio: expected a number in (0, 1], got {ratio!r}")
         if self.query not in (None, "text"):
             raise ValueError(f"script_query: expected 'text' or None, got {self.query!r}")
-        if self.reduce not in (None, "mean", "max"):
-            raise ValueError(f"script_reduce: expected 'mean' or 'max', got {self.reduce!r}")
+        if self.reduce is not None and self.reduce not in REDUCE_BY_METHODS:
+            raise ValueError(f"script_reduce: expected 'mean', 'max' or 'above', got {self.reduce!r}")
         known = method_names()
         if self.method not in known:
             raise ValueError(f"script_method: expected one of {', '.join(known)}, got {self.method!r}")

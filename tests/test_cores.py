@@ -141,5 +141,8 @@ def test_loops_are_split_where_that_pays(tmp_path: pathlib.Path) -> None:
     assert found["long loops"][0] < 1.05
     assert found["stopped"][1] > 0.99
     assert found["a little slower"][0] < 1.005
+    assert found["halves"][0] < 1.02
+    assert found["short"][0] < 0.65
+    assert found["short"][1] > 0.95
     # Within two seconds of the thirty it is back.
     assert found["then quiet"][0] == pytest.approx((30 + 30) / (30 + 30 / 0.55), rel=0.03)

@@ -33,8 +33,7 @@ inline Threads loop_threads(int64_t limit, bool always = false) {
       inside();
       for (std::thread& other : others) other.join();
     };
-    const int64_t grain = grain_for(work, kLongerThanAStart * simd().thread_work);
-    share_loop(count, grain, inside_loop ? 1 : limit, body, run, always);
+    share_loop(count, work, kLongerThanAStart * simd().thread_work, inside_loop ? 1 : limit, body, run, always);
   };
   return {limit, parallel};
 }

@@ -66,19 +66,26 @@ class SharedLoop {
   int64_t failed_at_ = 0;
 };
 
-// Runs the body over [0, count) on as many threads, of `limit` at most, as there are `grain` items for each:
-// run(threads, work) calls work() on so many, its own among them, and returns when all have ended. Where that has not
-// paid lately, and not `always`, nobody else is asked.
+// Runs the body over [0, count), of items of `work` multiply-adds, on as many threads, of `limit` at most, as there are
+// `least` of them for each: run(threads, share) calls share() on so many, its own among them, and returns when all have
+// ended. Where that has not paid lately, and not `always`, nobody else is asked.
 template <typename Run>
-void share_loop(int64_t count, int64_t grain, int64_t limit, const Body& body, const Run& run, bool always = false) {
+void share_loop(int64_t count, int64_t work, int64_t least, int64_t limit, const Body& body, const Run& run,
+                bool always = false) {
   thread_local ThreadAccount account;
-  const int64_t threads = std::min(limit, ceil_div(count, grain));
+  const int64_t threads = std::min(limit, ceil_div(count, grain_for(work, least)));
+  if (threads <= 1) return serial(count, work, body);
+  const void* place = work == kWorthAThread ? nullptr : &body.target_type();
   const double start = SharedLoop::seconds(CLOCK_MONOTONIC);
-  if (threads <= 1 || !(always || account.open(start))) return serial(count, 0, body);
+  const double total = static_cast<double>(count) * static_cast<double>(work);
+  if (!always && !account.open(start, place)) {
+    serial(count, work, body);
+    return account.enter_alone(place, total, SharedLoop::seconds(CLOCK_MONOTONIC) - start);
+  }
   SharedLoop loop(count, threads, body);
   run(threads, [&] { loop.work(); });
   const double now = SharedLoop::seconds(CLOCK_MONOTONIC);
-  account.enter(now, loop.busy(), now - start);
+  account.enter(now, place, total, loop.busy(), now - start);
   loop.end();
 }
 

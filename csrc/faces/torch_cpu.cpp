@@ -104,7 +104,7 @@ void parallel(int64_t count, int64_t work, const cpu::Body& body) {
       for (int64_t t = begin; t < end; ++t) share();
     });
   };
-  cpu::share_loop(count, cpu::grain_for(work, cpu::simd().thread_work), torch::stable::get_num_threads(), body, run);
+  cpu::share_loop(count, work, cpu::simd().thread_work, torch::stable::get_num_threads(), body, run);
 }
 
 // OpenMP's threads do not survive a fork, and a child that asks for them waits for ever, as in torch's own ops. So a

@@ -14,21 +14,23 @@ namespace {
 
 constexpr double kAlone = 0.010, kMinute = 60.0;  // seconds
 
-// took(now, i): what the i-th split loop takes.
+// took(now, i): what the i-th split loop takes, by `busy` seconds of processors.
 template <typename Took>
-void run(const char* name, const Took& took, double alone = kAlone) {
+void run(const char* name, const Took& took, double alone = kAlone, double busy = 0.0) {
   cpu::ThreadAccount account;
   double now = 1000.0;
   const double start = now;
   int64_t loops = 0, splits = 0;
   for (; now - start < kMinute * (alone / kAlone); ++loops) {
-    if (!account.open(now)) {
+    constexpr double kWork = 1e6;
+    if (!account.open(now, name)) {
       now += alone;
+      account.enter_alone(name, kWork, alone);
       continue;
     }
     const double time = took(now - start, splits++);
     now += time;
-    account.enter(now, alone, time);
+    account.enter(now, name, kWork, busy > 0.0 ? busy : alone, time);
   }
   std::printf("%s %.4f %.4f\n", name, (now - start) / (static_cast<double>(loops) * alone),
               static_cast<double>(splits) / static_cast<double>(loops));
@@ -71,6 +73,10 @@ int main() {
   // Once, the process is stopped for an hour.
   run("stopped", [](double, int64_t i) { return i == 100 ? 3600.0 : 33.0; }, 60.0);
   run("then quiet", [](double now, int64_t) { return now < kMinute / 2 ? 1.4 * kAlone : 0.55 * kAlone; });
+  // Threads on the two halves of one core: each takes twice as long, so that their seconds say that they gain.
+  run("halves", [](double, int64_t) { return 45e-6; }, 40e-6, 80e-6);
+  // Short loops that gain are only tried alone now and then.
+  run("short", [](double, int64_t) { return 25e-6; }, 40e-6, 44e-6);
   // A loss of a tenth of a millisecond a loop is worth noticing, too.
   run("a little slower", [](double, int64_t) { return 1.01 * kAlone; });
 }

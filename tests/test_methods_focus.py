@@ -1,5 +1,6 @@
 """The method `focus` and the relevance it is made for, each against a plain restatement."""
 
+import itertools
 import math
 
 import pytest
@@ -28,16 +29,10 @@ def by_hand(tokens, relevance, keep, *, grid_width, least, most, typical, near=2
     mean = (weights @ relevance.double()) / weights.sum(1)
     seen = (mean - mean.min()) / (mean.max() - mean.min())
     score = seen**2
-    if grid_width is not None:
-        grid = score.view(-1, grid_width)
-        height = len(grid)
-        score = torch.stack(
-            [
-                grid[max(0, y - near) : y + near + 1, max(0, x - near) : x + near + 1].mean()
-                for y in range(height)
-                for x in range(grid_width)
-            ]
-        )
+    grid = score.view(-1, grid_width)
+    places = itertools.product(range(len(grid)), range(grid_width))
+    squares = [grid[max(0, y - near) : y + near + 1, max(0, x - near) : x + near + 1] for y, x in places]
+    score = torch.stack([square.mean() for square in squares])
     whole = min(max((keep / n - 1 / 18) * 18, 0.0), 1.0)
     above = int((seen > 0.5).sum())
     wanted = min(max(2 * above, least * keep), most * keep) if above <= keep else least * keep / 2
@@ -54,7 +49,7 @@ def by_hand(tokens, relevance, keep, *, grid_width, least, most, typical, near=2
     return sorted(kept + [left[i] for i in rest[0].tolist()])
 
 
-@pytest.mark.parametrize("grid_width", [None, WIDTH])
+@pytest.mark.parametrize("grid_width", [WIDTH, 9, 144])
 @pytest.mark.parametrize("keep", [72, 32, 16, 12, 9])
 def test_focus_is_what_it_says(keep, grid_width):
     for seed, kind in enumerate(testing.KINDS):
@@ -66,24 +61,24 @@ def test_focus_is_what_it_says(keep, grid_width):
 
 
 def test_a_small_budget_is_script_s():
-    """Up to 1/18 of the tokens; and without a question always."""
+    """Up to 1/18 of the tokens; and without a question, or a grid, always."""
     tokens, relevance = example()
     how = {"combine": "restrict", "survivors": 2.0, "floor": 0.3}
+    focus = {"method": "focus", "grid_width": WIDTH}
     for keep in (1, 5, 8):
-        assert torch.equal(
-            methods.select(tokens, relevance, keep, method="focus"), methods.select(tokens, relevance, keep, **how)
-        )
-    assert torch.equal(methods.select(tokens, None, 40, method="focus"), methods.select(tokens, None, 40, **how))
-    assert not torch.equal(
-        methods.select(tokens, relevance, 40, method="focus"), methods.select(tokens, relevance, 40, **how)
-    )
+        kept = methods.select(tokens, relevance, keep, **focus)
+        assert torch.equal(kept, methods.select(tokens, relevance, keep, **how))
+    assert torch.equal(methods.select(tokens, None, 40, **focus), methods.select(tokens, None, 40, **how))
+    plain = methods.select(tokens, relevance, 40, **how)
+    assert torch.equal(methods.select(tokens, relevance, 40, method="focus"), plain)
+    assert not torch.equal(methods.select(tokens, relevance, 40, **focus), plain)
 
 
 def test_negate_turns_the_relevance_round():
     tokens, relevance = example()
     for keep in (6, 40):
-        turned = methods.select(tokens, relevance, keep, method="focus", negate=True)
-        assert torch.equal(turned, methods.select(tokens, 1 - relevance, keep, method="focus"))
+        turned = methods.select(tokens, relevance, keep, method="focus", grid_width=WIDTH, negate=True)
+        assert torch.equal(turned, methods.select(tokens, 1 - relevance, keep, method="focus", grid_width=WIDTH))
 
 
 def test_every_knob_matters():

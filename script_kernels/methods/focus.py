@@ -39,10 +39,11 @@ def focus(
     Of the budget, twice as many as lie above half of the relevance's range go by relevance, but no less than `least`
     and no more than `most` of it; half of `least` where more than the budget lie there, for then the relevance points
     nowhere. A share `typical` goes to the tokens of largest cosine to the mean direction of the image. Both shares grow
-    from nothing, for budgets of 1/18 of the tokens, to all, for 1/9. Without a relevance `script` alone chooses.
+    from nothing, for budgets of 1/18 of the tokens, to all, for 1/9. Without a relevance, and without a `grid_width`,
+    `script` alone chooses.
 
     near, grid_width: the relevance is also averaged over the square of 2 near + 1 tokens a side around each, as far as
-    it lies in the grid of `grid_width` columns; None: over nothing. floor, survivors: of `script`, which restricts QCSP
+    it lies in the grid of `grid_width` columns. floor, survivors: of `script`, which restricts QCSP
     to GSP's survivors. Chooses image by image, with a look at the device in each.
     """
     check(tokens, relevance, keep)
@@ -58,14 +59,14 @@ def focus(
     whole = min(max((keep / n - FEW) / (FULL - FEW), 0.0), 1.0)
     if relevance is not None and negate:
         relevance = 1 - relevance
-    if relevance is None or whole == 0.0 or len(tokens) == 0:
+    if relevance is None or grid_width is None or whole == 0.0 or len(tokens) == 0:
         return script(tokens, relevance, keep, **how)
     shares = (least * keep, most * keep, typical * keep)
     kept = []
     for image, own in zip(tokens.split(1), relevance.split(1), strict=True):
         good = finite(image) & torch.isfinite(own)
         seen = spread(image, own.masked_fill(~good, 0.0), good)
-        score = seen.square() if grid_width is None else surroundings(seen.square(), grid_width, near)
+        score = surroundings(seen.square(), grid_width, near)
         above = int(((seen > 0.5) & good).sum())
         wanted = min(max(2.0 * above, shares[0]), shares[1]) if above <= keep else shares[0] / 2
         found = top(score.masked_fill(~good, -math.inf), int(wanted * whole))

@@ -63,6 +63,7 @@ def focused(
     most: float,
     alike: bool = True,
     plain: float = TYPICAL,
+    near: int = 2,
     **options: Any,
 ) -> Tensor:
     """`wanted` tokens by the relevance `beside`, a share `plain` of typical ones, the rest by `script` with `options`.
@@ -71,7 +72,7 @@ def focused(
     """
     seen = spread(tokens, beside)
     counts = wanted(seen, keep, least, most)
-    score = surroundings(seen * seen if alike else beside, 2)
+    score = surroundings(seen * seen if alike else beside, near)
     few = int(plain * keep * whole(keep, tokens.shape[1]))
     kept = torch.empty(len(tokens), keep, dtype=torch.int64)
     for count in counts.unique().tolist():  # images of one count are chosen together
@@ -133,5 +134,6 @@ def candidate() -> Setting:
 
 
 def opened() -> list[Setting]:
-    """Rule 16: what the fourth test split is opened for."""
-    return [*fifth(), Setting("cdpruner", source="pair"), Setting("relevance", source="evidence")]
+    """Rule 16: what the fourth test split is opened for; nothing is chosen by the one without a grid."""
+    without_grid = Setting("script", {**FOCUS, "near": 0}, "words", "max")
+    return [*fifth(), without_grid, Setting("cdpruner", source="pair"), Setting("relevance", source="evidence")]

@@ -309,6 +309,41 @@ def test_a_small_budget_is_the_default_s_and_a_larger_one_is_shared():
             assert [rest[n] for n in typical.tolist()] == kept[b, count : count + few].tolist()
 
 
+def test_the_fifth_round_is_recorded_and_leaves_the_default_by_its_rule():
+    """Rules 14 to 17 of RULE.md from the raw answers."""
+    assert evaluate.BANKS["fifth"] == "val"
+    assert evaluate.BANKS["test4"] == "test"
+    splits = ("val", "fourth", "fifth", "test", "test2", "test3", "test4")
+    assert len({evaluate.GENERATORS[split] for split in splits}) == len(splits)
+    names, chosen, runs = [s.name for s in fifth.opened()], fifth.candidate(), report.read("test4")
+    assert list(runs) == SEEDS
+    low, share = [], []
+    for run in runs.values():
+        assert list(run["settings"]) == names
+        assert list(run["keeps"]) == [128, 64, 32]
+        assert run["unpruned"].mean() > 0.85
+        ours, present = run["right"][names.index(chosen.name)], run["right"][names.index(second.DEFAULT.name)]
+        assert (ours[2] == present[2]).all()  # up to 1/18 of the tokens it is the default
+        share.append(ours[1].mean() / run["unpruned"].mean())
+        mean, half = report.difference(ours[0], present[0], run["image"], 1 - 0.05 / len(names))
+        low.append(mean < -half)
+    beaten = report.unbeaten(runs)[chosen.name]
+    options, reduce = methods.settled("script", {}, None, asked=True)
+    assert (options, reduce) == (second.DEFAULT.options, second.DEFAULT.reduce)
+    assert beaten or min(share) < 0.969 or any(low)  # else the default would be free to change
+
+
+def test_the_fifth_round_s_settings_answer_as_recorded():
+    recorded = dict(np.load(evaluate.RESULTS / "seed0-fifth.npz"))
+    given = evaluate.exam(0, "fifth", 6)
+    names = list(recorded["settings"])
+    some = fifth.candidates()[::2]
+    found = evaluate.evaluate(given, some, (64,), log=lambda line: None)
+    for right, setting in zip(found["right"][:, 0], some, strict=True):
+        before = recorded["right"][names.index(setting.name), 1, : len(given)]
+        assert (right == before).mean() > 0.9
+
+
 def test_what_is_put_back_is_answered_from():
     given = evaluate.exam(0, "val", 4)
     everything = torch.ones(len(given), evaluate.TOKENS, dtype=torch.bool)

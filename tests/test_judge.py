@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.judge import bank, evaluate, fourth, loss, report, second, train
+from bench.judge import bank, evaluate, fifth, fourth, loss, report, second, train
 from bench.judge.model import Judge
 from bench.judge.scenes import COLOUR_NAMES, GRID, KINDS, LETTERS, WORDS, Composer
 from script_kernels import methods
@@ -258,6 +258,88 @@ def test_the_fourth_round_s_settings_answer_as_recorded():
     names = list(recorded["settings"])
     found = evaluate.evaluate(given, fourth.candidates(), (64,), log=lambda line: None)
     for right, setting in zip(found["right"][:, 0], fourth.candidates(), strict=True):
+        before = recorded["right"][names.index(setting.name), 1, : len(given)]
+        assert (right == before).mean() > 0.9
+
+
+def test_a_relevance_is_spread_over_what_is_like_a_token():
+    torch.manual_seed(0)
+    kinds = torch.eye(8)[torch.arange(40) % 4]  # ten tokens of a kind, nowhere side by side
+    tokens = (kinds + 0.01 * torch.randn(2, 40, 8)) * torch.rand(2, 40, 1).add(0.5)
+    relevance = torch.zeros(2, 40)
+    relevance[:, 1] = 1.0  # one token of the second kind
+    found = fifth.spread(tokens, relevance)
+    assert set((found > 0.5).nonzero()[:, 1].tolist()) == set(range(1, 40, 4))
+    assert (found.amin(1) == 0).all()
+    assert (found.amax(1) == 1).all()
+    assert (fifth.spread(tokens, torch.ones(2, 40)) == 1).all()
+    plain = tokens[:, torch.tensor([0, 4, 8, 12, 16, 1, 2, 3])]
+    assert fifth.typical(plain, None, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_shares_by_relevance_follow_the_question_and_the_budget():
+    alike = torch.zeros(5, 576)
+    for row, above in zip(alike, (0, 16, 18, 64, 65), strict=True):
+        row[:above] = 0.9
+    assert fifth.wanted(alike, 64, 0.5, 0.625).tolist() == [32, 32, 36, 40, 16]  # the last points nowhere
+    assert fifth.wanted(alike, 48, 0.5, 0.625).tolist() == [12, 15, 15, 6, 6]  # of halves
+    assert fifth.wanted(alike, 128, 0.5, 0.625).tolist() == [64, 64, 64, 80, 80]
+    assert fifth.wanted(alike, 32, 0.5, 0.625).tolist() == [0] * 5
+
+
+def test_a_small_budget_is_the_default_s_and_a_larger_one_is_shared():
+    torch.manual_seed(0)
+    tokens = torch.randn(3, GRID * GRID, 16)
+    relevance, beside = torch.rand(2, 3, GRID * GRID)
+    options = {**second.GRAPH, "floor": 0.3}
+    how = {"beside": beside, "least": 0.5, "most": 0.625, **options}
+    for few in (8, 32):
+        default = methods.select(tokens, relevance, few, **options)
+        assert fifth.focused(tokens, relevance, few, **how).sort(1).values.tolist() == default.tolist()
+    seen = fifth.spread(tokens, beside)
+    near = fourth.surroundings(seen * seen, 2)
+    for keep in (48, 64, 128):
+        kept, counts = fifth.focused(tokens, relevance, keep, **how), fifth.wanted(seen, keep, 0.5, 0.625)
+        for b, count in enumerate(counts.tolist()):
+            assert len(set(kept[b].tolist())) == keep
+            assert set(kept[b, :count].tolist()) == set(near[b].topk(count).indices.tolist())
+            rest = [n for n in range(GRID * GRID) if n not in set(kept[b, :count].tolist())]
+            few = int(keep / 8 * fifth.whole(keep, GRID * GRID))
+            typical = fifth.typical(tokens[b : b + 1, rest], None, few)[0]
+            assert [rest[n] for n in typical.tolist()] == kept[b, count : count + few].tolist()
+
+
+def test_the_fifth_round_is_recorded_and_leaves_the_default_by_its_rule():
+    """Rules 14 to 17 of RULE.md from the raw answers."""
+    assert evaluate.BANKS["fifth"] == "val"
+    assert evaluate.BANKS["test4"] == "test"
+    splits = ("val", "fourth", "fifth", "test", "test2", "test3", "test4")
+    assert len({evaluate.GENERATORS[split] for split in splits}) == len(splits)
+    names, chosen, runs = [s.name for s in fifth.opened()], fifth.candidate(), report.read("test4")
+    assert list(runs) == SEEDS
+    low, share = [], []
+    for run in runs.values():
+        assert list(run["settings"]) == names
+        assert list(run["keeps"]) == [128, 64, 32]
+        assert run["unpruned"].mean() > 0.85
+        ours, present = run["right"][names.index(chosen.name)], run["right"][names.index(second.DEFAULT.name)]
+        assert (ours[2] == present[2]).all()  # up to 1/18 of the tokens it is the default
+        share.append(ours[1].mean() / run["unpruned"].mean())
+        mean, half = report.difference(ours[0], present[0], run["image"], 1 - 0.05 / len(names))
+        low.append(mean < -half)
+    beaten = report.unbeaten(runs)[chosen.name]
+    options, reduce = methods.settled("script", {}, None, asked=True)
+    assert (options, reduce) == (second.DEFAULT.options, second.DEFAULT.reduce)
+    assert beaten or min(share) < 0.969 or any(low)  # else the default would be free to change
+
+
+def test_the_fifth_round_s_settings_answer_as_recorded():
+    recorded = dict(np.load(evaluate.RESULTS / "seed0-fifth.npz"))
+    given = evaluate.exam(0, "fifth", 6)
+    names = list(recorded["settings"])
+    some = fifth.candidates()[::2]
+    found = evaluate.evaluate(given, some, (64,), log=lambda line: None)
+    for right, setting in zip(found["right"][:, 0], some, strict=True):
         before = recorded["right"][names.index(setting.name), 1, : len(given)]
         assert (right == before).mean() > 0.9
 

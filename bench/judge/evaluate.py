@@ -5,7 +5,7 @@
 
 The splits "second" and "third" (the validation split again) and "test2" (other scenes of the test's pictures) are the
 second round's: see second.py. "fourth" (other scenes of the validation's pictures) and "test3" are the fourth's: see
-fourth.py.
+fourth.py; "fifth" and "test4", likewise, the fifth's: see fifth.py.
 
 Per setting, keep and question: whether the answer is right, whether it is the unpruned one, the Kullback-Leibler
 divergence of the first answer's distribution from the unpruned one, and the share of the evidence that was kept. All of
@@ -36,10 +36,11 @@ TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "second": 2_000_003, "third": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
-GENERATORS |= {"fourth": 5_000_111, "test3": 7_000_003}
+GENERATORS |= {"fourth": 5_000_111, "test3": 7_000_003, "fifth": 8_000_009, "test4": 11_000_027}
 IMAGES = 120
 # Where the pictures are from that scenes are composed of.
 BANKS = {"second": "val", "third": "val", "test2": "test", "fourth": "val", "test3": "test"}
+BANKS |= {"fifth": "val", "test4": "test"}
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -178,8 +179,11 @@ class Exam:
         parts = []
         for at in torch.arange(len(self)).split(64):
             relevance = self.relevance(setting, at)
-            tokens = self.tokens[self.image[at]]
-            parts.append(methods.select(tokens, relevance, keep, method=rule_of(setting), **setting.options))
+            tokens, options = self.tokens[self.image[at]], dict(setting.options)
+            if "beside" in options:  # a second relevance, named by its reduction
+                second = dataclasses.replace(setting, reduce=options["beside"])
+                options["beside"] = self.relevance(second, at)
+            parts.append(methods.select(tokens, relevance, keep, method=rule_of(setting), **options))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -324,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
 
         chosen, keeps = [*reported(), calibrated(given.seed)], KEEPS
     elif given.split in BANKS:
-        from . import fourth, second
+        from . import fifth, fourth, second
 
         chosen = {
             "second": second.second,
@@ -332,8 +336,10 @@ def main(argv: list[str] | None = None) -> None:
             "test2": second.opened,
             "fourth": fourth.fourth,
             "test3": fourth.opened,
+            "fifth": fifth.fifth,
+            "test4": fifth.opened,
         }[given.split]()
-        keeps = (*CHOOSE, 32) if given.split in ("test2", "test3") else CHOOSE
+        keeps = (*CHOOSE, 32) if given.split in ("test2", "test3", "test4") else CHOOSE
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
     if given.split == "test":
         found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)

@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.judge report", description="Table of a test split, and the first one's plot."
     )
-    parser.add_argument("--split", choices=("test", "second", "test2", "third", "fourth", "test3"), default="test")
+    splits = ("test", "second", "test2", "third", "fourth", "test3", "fifth", "test4")
+    parser.add_argument("--split", choices=splits, default="test")
     split = parser.parse_args(argv).split
     if split == "test":
         for s in chosen():

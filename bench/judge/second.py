@@ -49,6 +49,10 @@ def rule_of(setting: Setting) -> str | methods.Method:
         from .fourth import shares
 
         return shares
+    if "beside" in setting.options:
+        from .fifth import focused
+
+        return focused
     return _uniform if "uniform" in setting.options else RULES.get(setting.method, setting.method)
 
 

@@ -36,11 +36,11 @@ TOKENS = 576
 KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "second": 2_000_003, "third": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
-GENERATORS |= {"fourth": 5_000_111, "test3": 7_000_003, "fifth": 8_000_009, "test4": 11_000_027}
+GENERATORS |= {"fourth": 5_000_111, "test3": 7_000_003, "fifth": 8_000_009, "test4": 11_000_027, "test5": 13_000_027}
 IMAGES = 120
 # Where the pictures are from that scenes are composed of.
 BANKS = {"second": "val", "third": "val", "test2": "test", "fourth": "val", "test3": "test"}
-BANKS |= {"fifth": "val", "test4": "test"}
+BANKS |= {"fifth": "val", "test4": "test", "test5": "test"}
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -338,8 +338,9 @@ def main(argv: list[str] | None = None) -> None:
             "test3": fourth.opened,
             "fifth": fifth.fifth,
             "test4": fifth.opened,
+            "test5": fifth.confirmed,
         }[given.split]()
-        keeps = (*CHOOSE, 32) if given.split in ("test2", "test3", "test4") else CHOOSE
+        keeps = (*CHOOSE, 32) if given.split in ("test2", "test3", "test4", "test5") else CHOOSE
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
     if given.split == "test":
         found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)

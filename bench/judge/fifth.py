@@ -3,6 +3,7 @@
 python -m bench.judge evaluate --seed 0 --split fifth      # its settings on other scenes of the validation pictures
 python -m bench.judge evaluate --seed 0 --split test4      # what RULE.md lets through, on scenes not seen before
 python -m bench.judge report --split test4                 # results/test4.md; fifth.md likewise
+python -m bench.judge evaluate --seed 0 --split test5 --images 240     # the method `focus`, as the package has it
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from script_kernels import methods
 
 from .evaluate import CHOOSE, Setting
 from .fourth import HALF, surroundings
+from .scenes import GRID
 from .second import DEFAULT, GRAPH
 
 WARMTH = 0.05  # of the softmax over cosines: a tile's patches are each other's like, and little else is
@@ -137,3 +139,14 @@ def opened() -> list[Setting]:
     """Rule 16: what the fourth test split is opened for; nothing is chosen by the one without a grid."""
     without_grid = Setting("script", {**FOCUS, "near": 0}, "words", "max")
     return [*fifth(), without_grid, Setting("cdpruner", source="pair"), Setting("relevance", source="evidence")]
+
+
+def confirmed() -> list[Setting]:
+    """Rule 18: what the fifth test split is opened for, the package's method `focus` beside what it is compared with."""
+    return [
+        DEFAULT,
+        Setting("focus", {"grid_width": GRID}, "words", "centred"),
+        *(Setting(name) for name in ("dpp", "divprune", "random")),
+        Setting("cdpruner", source="pair"),
+        Setting("relevance", source="evidence"),
+    ]

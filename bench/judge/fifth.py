@@ -142,7 +142,7 @@ def opened() -> list[Setting]:
 
 
 def confirmed() -> list[Setting]:
-    """Rule 18: what the fifth test split is opened for, the package's method `focus` beside what it is compared with."""
+    """Rule 18: what the fifth test split is opened for: the method `focus` beside what it is compared with."""
     return [
         DEFAULT,
         Setting("focus", {"grid_width": GRID}, "words", "centred"),

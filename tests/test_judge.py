@@ -10,7 +10,7 @@ import torch
 from bench.judge import bank, evaluate, fifth, fourth, loss, report, second, train
 from bench.judge.model import Judge
 from bench.judge.scenes import COLOUR_NAMES, GRID, KINDS, LETTERS, WORDS, Composer
-from script_kernels import methods
+from script_kernels import methods, testing
 
 BANK = "29e6f075c9b70bcf30ec08ab8327cec9d71229b07796bced28194c640db9ce9b"
 SCENES = "a54a791fe14fb3c73b444ce4f64945b9fb608fd857addaef8385ea049c242ef7"
@@ -307,6 +307,19 @@ def test_a_small_budget_is_the_default_s_and_a_larger_one_is_shared():
             few = int(keep / 8 * fifth.whole(keep, GRID * GRID))
             typical = fifth.typical(tokens[b : b + 1, rest], None, few)[0]
             assert [rest[n] for n in typical.tolist()] == kept[b, count : count + few].tolist()
+
+
+def test_the_package_s_focus_is_the_third_candidate():
+    how = {"least": 0.5, "most": 0.625, **second.GRAPH, "floor": 0.3}
+    assert fifth.candidates()[2].options == {"beside": "centred", **how}
+    for seed, kind in enumerate(("clustered", "powerlaw", "photo")):
+        tokens = testing.make_tokens(kind, 2, GRID * GRID, 64, seed=seed)
+        words, known = testing.make_query(2, 5, 64, seed=seed), torch.ones(2, 5, dtype=torch.bool)
+        relevance = fourth.centred(tokens, words, known)
+        torch.testing.assert_close(relevance, methods.relevance_of(tokens, words, reduce="above"), atol=1e-5, rtol=0)
+        for keep in (128, 64, 40, 32):
+            kept = fifth.focused(tokens, relevance, keep, beside=relevance, **how).sort(1).values
+            assert torch.equal(kept, methods.select(tokens, relevance, keep, method="focus", grid_width=GRID))
 
 
 def test_the_fifth_round_is_recorded_and_leaves_the_default_by_its_rule():

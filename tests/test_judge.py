@@ -346,6 +346,19 @@ def test_the_fifth_round_is_recorded_and_leaves_the_default_by_its_rule():
     assert beaten or min(share) < 0.969 or any(low)  # else the default would be free to change
 
 
+def test_focus_keeps_the_mark_on_the_split_that_was_declared_for_it():
+    """Rule 18 of RULE.md from the raw answers: in every seed, and above cdpruner, divprune and random."""
+    runs, names = report.read("test5"), [s.name for s in fifth.confirmed()]
+    assert list(runs) == SEEDS
+    ours = next(n for n, name in enumerate(names) if name.startswith("focus"))
+    for run in runs.values():
+        assert list(run["settings"]) == names
+        share = run["right"][:, list(run["keeps"]).index(64)].mean(1) / run["unpruned"].mean()
+        assert share[ours] >= 0.969
+        for other in ("cdpruner (pair)", "divprune", "random"):
+            assert share[ours] > share[names.index(other)]
+
+
 def test_the_fifth_round_s_settings_answer_as_recorded():
     recorded = dict(np.load(evaluate.RESULTS / "seed0-fifth.npz"))
     given = evaluate.exam(0, "fifth", 6)

@@ -17,7 +17,7 @@ MESSAGES = {
     "unknown": "script_gamma2: expected one of script_keep, script_keep_ratio, script_query",
     "bad_option": "script_gsp_drop: expected",
     "family": "script_keep: expected a model of one of LlavaForConditionalGeneration",
-    "no_method": "script_method: expected one of script, cdpruner,",
+    "no_method": "script_method: expected one of script, focus, cdpruner,",
     "bad_method_option": "script_power: expected 0 <= power <= 64, got -1",
     "unasked_relevance": "script_method: expected one that works without script_query=text, got 'relevance'",
     "asked_encoder": "script_query: expected None where the encoder runs without the language model, got 'text'",

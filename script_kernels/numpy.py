@@ -321,8 +321,9 @@ def prune(
         keep: 1 <= keep <= N.
         aligned: (B, N, C), the tokens in the query's space; default `tokens`.
         query_mask: (B or 1, Q) bool.
-        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor, power, reduce, split,
-            grid_width: see `script_kernels.prune`.
+        negate, gsp_drop, oversample, combine, threshold, gamma, min_degree, rounds, floor, power, reduce: see
+            `script_kernels.prune`.
+        split, grid_width: see `script_kernels.prune`.
         threads: how many threads the call may use, >= 1.
 
     Returns:

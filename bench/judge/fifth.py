@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from script_kernels import methods
+from script_kernels.methods.focus import FEW, FULL, WARMTH
 
-from .evaluate import CHOOSE, Setting
+from .evaluate import Setting
 from .fourth import HALF, surroundings
 from .scenes import GRID
 from .second import DEFAULT, GRAPH
 
-WARMTH = 0.05  # of the softmax over cosines: a tile's patches are each other's like, and little else is
-FEW, FULL = 1 / 18, 1 / 9  # shares of all tokens: up to the first the default alone chooses, from the second on the
-# shares are whole
 TYPICAL = 0.125
 FOCUS = {"beside": "centred", "least": 0.5, "most": 0.625, **GRAPH, "floor": 0.3}
 
@@ -120,19 +118,9 @@ def fifth() -> list[Setting]:
 
 def candidate() -> Setting:
     """Rule 15: the candidate whose worst seed keeps most of the unpruned answers at 11 %."""
-    from .report import read
+    from .report import most_kept
 
-    runs, names = read("fifth"), [s.name for s in fifth()]
-    if not runs:
-        raise FileNotFoundError("results: expected seed*-fifth.npz (evaluate --split fifth)")
-    assert all(list(run["settings"]) == names and tuple(run["keeps"]) == CHOOSE for run in runs.values())
-    at = CHOOSE.index(64)
-
-    def worst(setting: Setting) -> float:
-        n = names.index(setting.name)
-        return min(float(run["right"][n, at].mean() / run["unpruned"].mean()) for run in runs.values())
-
-    return max(candidates(), key=worst)
+    return most_kept("fifth", fifth(), candidates())
 
 
 def opened() -> list[Setting]:

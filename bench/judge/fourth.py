@@ -13,7 +13,7 @@ from torch import Tensor
 
 from script_kernels import methods
 
-from .evaluate import CHOOSE, Setting
+from .evaluate import Setting
 from .scenes import GRID
 from .second import DEFAULT, GRAPH
 
@@ -83,19 +83,9 @@ def fourth() -> list[Setting]:
 
 def candidate() -> Setting:
     """Rule 11: the candidate whose worst seed keeps most of the unpruned answers at 11 %."""
-    from .report import read
+    from .report import most_kept
 
-    runs, names = read("fourth"), [s.name for s in fourth()]
-    if not runs:
-        raise FileNotFoundError("results: expected seed*-fourth.npz (evaluate --split fourth)")
-    assert all(list(run["settings"]) == names and tuple(run["keeps"]) == CHOOSE for run in runs.values())
-    at = CHOOSE.index(64)
-
-    def worst(setting: Setting) -> float:
-        n = names.index(setting.name)
-        return min(float(run["right"][n, at].mean() / run["unpruned"].mean()) for run in runs.values())
-
-    return max(candidates(), key=worst)
+    return most_kept("fourth", fourth(), candidates())
 
 
 def opened() -> list[Setting]:

@@ -34,6 +34,21 @@ def chosen() -> list[Setting]:
     return best
 
 
+def most_kept(split: str, answered: list[Setting], candidates: list[Setting]) -> Setting:
+    """Of candidates that answered a split, the one whose worst seed keeps most of the unpruned answers at 11 %."""
+    runs, names = read(split), [s.name for s in answered]
+    if not runs:
+        raise FileNotFoundError(f"results: expected seed*-{split}.npz (evaluate --split {split})")
+    assert all(list(run["settings"]) == names and tuple(run["keeps"]) == CHOOSE for run in runs.values())
+    at = CHOOSE.index(64)
+
+    def worst(setting: Setting) -> float:
+        n = names.index(setting.name)
+        return min(float(run["right"][n, at].mean() / run["unpruned"].mean()) for run in runs.values())
+
+    return max(candidates, key=worst)
+
+
 def reported() -> list[Setting]:
     """What the test split is opened for."""
     every = settings()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from script_kernels import max_min, methods, qcsp
 
-from .evaluate import CHOOSE, Setting, settings
+from .evaluate import Setting, settings
 
 GRAPH = {"survivors": 2.0, "combine": "restrict"}
 DEFAULT = Setting("script", {**GRAPH, "floor": 0.3}, "words", "max")  # of the integrations, chosen by the first round
@@ -90,19 +90,9 @@ def third() -> list[Setting]:
 
 def candidate() -> Setting:
     """Rule 7: of the settings on words, the one whose worst seed keeps most of the unpruned answers at 11 %."""
-    from .report import read
+    from .report import most_kept
 
-    runs, tried = read("second"), second()
-    if not runs:
-        raise FileNotFoundError("results: expected seed*-second.npz (evaluate --split second)")
-    names = [s.name for s in tried]
-    assert all(list(run["settings"]) == names and tuple(run["keeps"]) == CHOOSE for run in runs.values())
-    at = CHOOSE.index(64)
-    worst = [
-        min(run["right"][n, at].mean() / run["unpruned"].mean() for run in runs.values()) for n in range(len(tried))
-    ]
-    asked = [n for n, s in enumerate(tried) if s.source == "words"]
-    return tried[max(asked, key=lambda n: (worst[n], -n))]
+    return most_kept("second", second(), [s for s in second() if s.source == "words"])
 
 
 def opened() -> list[Setting]:

@@ -64,6 +64,7 @@ def candidates() -> list[Candidate]:
             found += [Candidate("cdpruner", {"power": power}, **how) for power in (0.5, 1.0, 2.0)]
             found += [Candidate("cdpruner", {"mix": 0.5}, **how), Candidate("relevance", **how)]
             found += [Candidate("script", {"floor": 0.6}, **how), Candidate("script", {**few, "floor": 0.3}, **how)]
+            found += [Candidate("focus", **how)]
     return found
 
 

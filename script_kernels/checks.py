@@ -128,13 +128,18 @@ def dpp_map(kernel: torch.Tensor, k: int) -> None:
 def max_min(tokens: torch.Tensor, relevance: torch.Tensor | None, k: int) -> None:
     """Checks the arguments of `max_min`, which are those of every ranking from tokens."""
     _tokens(tokens)
-    batch, n = tokens.shape[:2]
     if relevance is not None:
-        _is_tensor(relevance, "relevance", torch.float32)
-        if relevance.ndim != 2 or (relevance.shape[0] == batch) is False or (relevance.shape[1] == n) is False:
-            raise ValueError(f"relevance: expected shape ({batch}, {n}), got {_shape(relevance)}")
-        _on_device(relevance, "relevance", tokens)
-    _in_range(k, "k", n, "N")
+        by_token(relevance, "relevance", tokens)
+    _in_range(k, "k", tokens.shape[1], "N")
+
+
+def by_token(values: torch.Tensor, name: str, tokens: torch.Tensor) -> None:
+    """Raises unless the values are a float32 number for each of the tokens, (B, N)."""
+    batch, n = tokens.shape[:2]
+    _is_tensor(values, name, torch.float32)
+    if values.ndim != 2 or (values.shape[0] == batch) is False or (values.shape[1] == n) is False:
+        raise ValueError(f"{name}: expected shape ({batch}, {n}), got {_shape(values)}")
+    _on_device(values, name, tokens)
 
 
 def _ranked(tokens: torch.Tensor, relevance: torch.Tensor, k: int) -> None:

@@ -14,6 +14,7 @@ COMBINE = ("intersect", "restrict", "union")
 REDUCE = ("mean", "max")
 REDUCE_BY_METHODS = (*REDUCE, "above")  # what `methods.relevance_of` takes
 SPLIT = ("raster", "checker")
+Grids = Sequence[tuple[int, int]]  # rows and columns of what tokens fill line by line, one grid after the other
 MOST_POWER = 64  # of a relevance: a larger one would leave nothing but the largest
 # A round is a matching of all that is left. A hundred of them get to one token in a hundred; more would only be time.
 MOST_ROUNDS = 100
@@ -101,6 +102,23 @@ def count(value: int, argument: str, low: int) -> int:
     if value < low:
         raise ValueError(f"{argument}: expected {argument} >= {low}, got {value}")
     return value
+
+
+def check_grids(grids: Grids, n: int) -> None:
+    """Raises unless n tokens fill the grids, one after the other."""
+    shape = "a sequence of (rows, columns)"
+    if isinstance(grids, (str, bytes)) or not isinstance(grids, Sequence):
+        raise TypeError(f"grids: expected {shape}, got {type(grids).__name__}")
+    for one in grids:
+        if not isinstance(one, (tuple, list)) or len(one) != 2:
+            raise ValueError(f"grids: expected {shape}, got {one!r} in it")
+        for size in one:
+            check_int(size, "grids")
+            if size < 1:
+                raise ValueError(f"grids: expected rows and columns >= 1, got {tuple(one)}")
+    held = sum(rows * columns for rows, columns in grids)
+    if held != n:
+        raise ValueError(f"grids: expected N = {n} tokens in them, got {held}")
 
 
 def check_split(n: int, split: str, grid_width: int | None) -> None:

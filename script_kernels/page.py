@@ -14,7 +14,7 @@ import numpy as np
 
 from .selection import Array, Selection
 
-_FIELDS = ("relevance", "redundancy", "survives", "order", "gain")
+_FIELDS = ("relevance", "taken", "redundancy", "survives", "order", "gain")
 
 
 def build(
@@ -119,6 +119,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const STAGES = [
   ["kept", "Kept", "Bright: the tokens that the language model sees."],
   ["relevance", "Relevance", "How well a token fits the question: dark 0, bright 1."],
+  ["taken", "Taken", "Lit: kept by where the question points, and as typical, before the other stages."],
   ["redundancy", "Redundancy", "How alike a token is to others, by GSP: brighter is more redundant."],
   ["survives", "GSP", "Dark: dropped by GSP as redundant."],
   ["order", "QCSP order", "Brighter: ranked earlier. Dark: not ranked."],
@@ -211,6 +212,7 @@ const readout = document.getElementById("readout");
 const about = (one, token, cell) => {
   const told = [["token", `${token}, row ${cell.row}, column ${cell.col}`]];
   if (one.relevance) told.push(["relevance", number(one.relevance[token])]);
+  if (one.taken) told.push(["focus", one.taken[token] ? "takes it" : "leaves it"]);
   if (one.redundancy) told.push(["redundancy", number(one.redundancy[token])]);
   if (one.survives) told.push(["GSP", one.survives[token] ? "keeps it" : "drops it"]);
   if (one.order) told.push(["order", one.order[token] < 0 ? "not ranked" : String(one.order[token])]);

@@ -49,8 +49,8 @@ class View:
 class Selection:
     """What each stage made of the L tokens of one image or video. A stage that did not run is None.
 
-    kept: (K,) ascending, the tokens that stay. relevance: (L,) in [0, 1], NaN for tokens that do not compete. survives:
-    (L,) bool, False where GSP dropped. redundancy: (L,) as GSP returns it. order: (L,) int, a token's place in QCSP's
+    kept: (K,) ascending, the tokens that stay. relevance: (L,) in [0, 1], NaN for tokens that do not compete. taken:
+    (L,) bool, what "focus" keeps by relevance, and as typical, before GSP and QCSP choose the rest. survives: (L,) bool, False where GSP dropped. redundancy: (L,) as GSP returns it. order: (L,) int, a token's place in QCSP's
     ranking (0 is first), -1 if it is not ranked. gain: (L,) of QCSP's picks, NaN likewise. GSP and QCSP count within
     what shares a budget: the image, the tile, or the request.
     """
@@ -60,6 +60,7 @@ class Selection:
     views: tuple[View, ...]
     length: int
     relevance: Array | None = None
+    taken: Array | None = None
     survives: Array | None = None
     redundancy: Array | None = None
     order: Array | None = None
@@ -70,7 +71,7 @@ class Selection:
         stays = np.zeros(self.length, bool)
         stays[np.asarray(self.kept, np.int64)] = True
         object.__setattr__(self, "stays", stays)
-        for name in ("relevance", "survives", "redundancy", "order", "gain"):
+        for name in ("relevance", "taken", "survives", "redundancy", "order", "gain"):
             value = getattr(self, name)
             if value is not None and np.shape(value) != (self.length,):
                 raise ValueError(f"{name}: expected shape ({self.length},), got {np.shape(value)}")
@@ -255,6 +256,8 @@ def _panels(selection: Selection) -> list[tuple[str, Array, str]]:
     panels: list[tuple[str, Array, str]] = [("kept", selection.stays, "set")]
     if selection.relevance is not None:
         panels.append(("relevance", selection.relevance, "heat"))
+    if selection.taken is not None:
+        panels.append(("taken by relevance", selection.taken, "set"))
     if selection.survives is not None:
         panels.append(("left by GSP", selection.survives, "set"))
     if selection.order is not None:

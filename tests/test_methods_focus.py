@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from tiny_vlm import SIZES, make_inputs
 
 import script_kernels
 from script_kernels import methods, testing
+from script_kernels.methods.dpp import script_stages
 from script_kernels.transformers import prune_inputs
 from script_kernels.transformers.encode import encode
 
 WIDTH = 12
 N = WIDTH * WIDTH
+SQUARE = [(WIDTH, WIDTH)]
+focus_module = sys.modules["script_kernels.methods.focus"]  # the package has the function by that name
 
 
 def example(kind="clustered", seed=0, dtype=torch.float32):
@@ -21,74 +25,122 @@ def example(kind="clustered", seed=0, dtype=torch.float32):
     return tokens, testing.make_relevance(2, N, seed=seed) ** 3
 
 
-def by_hand(tokens, relevance, keep, *, grid_width, least, most, typical, near=2):
-    """Of one image, in float64 and loops; the last share by the method `script`."""
+def by_hand(tokens, relevance, keep, *, grids, least, most, typical, near=2, above=None):
+    """Of one image, in float64 and loops; the last share by the method `script`, of which what is kept is no part."""
     n = len(tokens)
     rows = torch.nn.functional.normalize(tokens.double(), dim=-1)
     weights = ((rows @ rows.T) / 0.05).exp()
-    mean = (weights @ relevance.double()) / weights.sum(1)
+    mean = (weights @ (relevance if above is None else above).double()) / weights.sum(1)
     seen = (mean - mean.min()) / (mean.max() - mean.min())
-    score = seen**2
-    grid = score.view(-1, grid_width)
-    places = itertools.product(range(len(grid)), range(grid_width))
-    squares = [grid[max(0, y - near) : y + near + 1, max(0, x - near) : x + near + 1] for y, x in places]
-    score = torch.stack([square.mean() for square in squares])
+    score, start = [], 0
+    for height, width in grids:
+        grid = (seen**2)[start : start + height * width].view(height, width)
+        start += height * width
+        for y, x in itertools.product(range(height), range(width)):
+            score.append(grid[max(0, y - near) : y + near + 1, max(0, x - near) : x + near + 1].mean())
+    middle = float(seen.sort().values[(n - 1) // 2])
     whole = min(max((keep / n - 1 / 18) * 18, 0.0), 1.0)
-    above = int((seen > 0.5).sum())
-    wanted = min(max(2 * above, least * keep), most * keep) if above <= keep else least * keep / 2
+    may = (most + typical) * whole * keep
+    survivors = (may + 2 * (keep - may)) / keep
+    whole *= min(max((0.25 - middle) * 8, 0.0), 1.0)
+    above_half = int((seen > 0.5).sum())
+    wanted = min(max(2 * above_half, least * keep), most * keep) if above_half <= keep else least * keep / 2
     kept = sorted(range(n), key=lambda i: -score[i])[: int(wanted * whole + 1e-9)]
-    left = [i for i in range(n) if i not in set(kept)]
-    centre = rows[left].mean(0)
-    plain = sorted(left, key=lambda i: -(rows[i] @ centre))[: int(typical * keep * whole + 1e-9)]
-    kept += plain
-    left = [i for i in range(n) if i not in set(kept)]
-    rest = methods.select(
-        *(tokens[None, left], relevance[None, left], keep - len(kept)),
-        **{"floor": 0.3, "combine": "restrict", "survivors": 2.0},
-    )
-    return sorted(kept + [left[i] for i in rest[0].tolist()])
+    centre = rows.mean(0)
+    others = [i for i in range(n) if i not in set(kept)]
+    kept += sorted(others, key=lambda i: -(rows[i] @ centre))[: int(typical * keep * whole + 1e-9)]
+    left, own = tokens.clone(), relevance.clone()
+    left[kept], own[kept] = 0.0, math.nan
+    stages = script_stages(left[None], own[None], keep, floor=0.3, combine="restrict", survivors=survivors)
+    rest = [i for i in stages.order[0].tolist() if i not in set(kept)]
+    return sorted(kept + rest[: keep - len(kept)])
 
 
-@pytest.mark.parametrize("grid_width", [WIDTH, 9, 144])
-@pytest.mark.parametrize("keep", [72, 32, 16, 12, 9])
-def test_focus_is_what_it_says(keep, grid_width):
+KNOBS = {"least": 0.5, "most": 0.625, "typical": 0.125}
+
+
+@pytest.mark.parametrize("grids", [[(WIDTH, WIDTH)], [(16, 9)], [(1, 144)], [(6, 8), (12, 8)], [(1, 1), (11, 13)]])
+@pytest.mark.parametrize("keep", [144, 72, 32, 16, 12, 9])
+def test_focus_is_what_it_says(keep, grids):
+    shared = 0
     for seed, kind in enumerate(testing.KINDS):
         tokens, relevance = example(kind, seed)
-        knobs = {"least": 0.5, "most": 0.625, "typical": 0.125}
-        kept = methods.select(tokens, relevance, keep, method="focus", grid_width=grid_width, **knobs)
-        for b in range(2):
-            assert kept[b].tolist() == by_hand(tokens[b], relevance[b], keep, grid_width=grid_width, **knobs)
+        above = testing.make_relevance(2, N, seed=seed + 50) ** 4
+        for second in (None, above):
+            told = {"grids": grids, "above": second, **KNOBS}
+            kept = methods.select(tokens, relevance, keep, method="focus", **told)
+            for b in range(2):
+                told["above"] = None if second is None else second[b]
+                assert kept[b].tolist() == by_hand(tokens[b], relevance[b], keep, **told)
+            plain = methods.select(tokens, relevance, keep, **PLAIN)
+            shared += not torch.equal(kept, plain)
+    assert shared or keep in (9, 144)
+
+
+PLAIN = {"combine": "restrict", "survivors": 2.0, "floor": 0.3}
 
 
 def test_a_small_budget_is_script_s():
     """Up to 1/18 of the tokens; and without a question, or a grid, always."""
     tokens, relevance = example()
-    how = {"combine": "restrict", "survivors": 2.0, "floor": 0.3}
-    focus = {"method": "focus", "grid_width": WIDTH}
+    focus = {"method": "focus", "grids": SQUARE}
     for keep in (1, 5, 8):
         kept = methods.select(tokens, relevance, keep, **focus)
-        assert torch.equal(kept, methods.select(tokens, relevance, keep, **how))
-    assert torch.equal(methods.select(tokens, None, 40, **focus), methods.select(tokens, None, 40, **how))
-    plain = methods.select(tokens, relevance, 40, **how)
+        assert torch.equal(kept, methods.select(tokens, relevance, keep, **PLAIN))
+    assert torch.equal(methods.select(tokens, None, 40, **focus), methods.select(tokens, None, 40, **PLAIN))
+    plain = methods.select(tokens, relevance, 40, **PLAIN)
     assert torch.equal(methods.select(tokens, relevance, 40, method="focus"), plain)
     assert not torch.equal(methods.select(tokens, relevance, 40, **focus), plain)
 
 
-def test_negate_turns_the_relevance_round():
+def test_a_relevance_that_points_nowhere_gets_no_share():
+    """Chance, all but a few tokens, and one value for all: `script`, token for token; a few tokens: a share.
+
+    Of survivors there are as many as if the shares were whole: GSP cannot know.
+    """
+    tokens = testing.make_tokens("clustered", 8, N, 24, seed=3)
+    few = torch.zeros(8, N)
+    few[:, 30:40] = 1.0
+    chance = torch.rand(8, N, generator=torch.Generator().manual_seed(0))
+    for relevance, same in ((chance, True), (1 - few, True), (torch.full((8, N), 0.7), True), (few, False)):
+        plain = methods.select(tokens, relevance, 40, **PLAIN | {"survivors": 1.25})
+        assert torch.equal(methods.select(tokens, relevance, 40, method="focus", grids=SQUARE), plain) == same
+
+
+def test_what_it_looks_at_of_a_few_similarities_at_a_time(monkeypatch):
+    tokens, relevance = example("powerlaw", 3)
+    whole = methods.select(tokens, relevance, 40, method="focus", grids=SQUARE)
+    monkeypatch.setattr(focus_module, "MOST", 7 * N)
+    assert torch.equal(methods.select(tokens, relevance, 40, method="focus", grids=SQUARE), whole)
+
+
+def test_an_image_alone_is_chosen_as_in_a_batch():
+    for kind in testing.KINDS:
+        tokens = testing.make_tokens(kind, 5, N, 40, seed=9)
+        relevance = testing.make_relevance(5, N, seed=9) ** 3
+        batch = methods.select(tokens, relevance, 40, method="focus", grids=SQUARE)
+        for b in range(5):
+            own = methods.select(tokens[b : b + 1], relevance[b : b + 1], 40, method="focus", grids=SQUARE)
+            assert torch.equal(own[0], batch[b])
+
+
+def test_negate_turns_both_relevances_round():
     tokens, relevance = example()
+    above = testing.make_relevance(2, N, seed=5) ** 4
     for keep in (6, 40):
-        turned = methods.select(tokens, relevance, keep, method="focus", grid_width=WIDTH, negate=True)
-        assert torch.equal(turned, methods.select(tokens, 1 - relevance, keep, method="focus", grid_width=WIDTH))
+        given = methods.select(tokens, relevance, keep, method="focus", grids=SQUARE, above=above)
+        turned = {"method": "focus", "grids": SQUARE, "negate": True}
+        assert torch.equal(methods.select(tokens, 1 - relevance, keep, **turned, above=1 - above), given)
 
 
 def test_every_knob_matters():
     tokens, relevance = example("powerlaw", 3)
-    plain = methods.select(tokens, relevance, 40, method="focus", grid_width=WIDTH)
+    plain = methods.select(tokens, relevance, 40, method="focus", grids=SQUARE)
     for knobs in (
-        *({"most": 0.5}, {"least": 0.0, "most": 0.0}, {"typical": 0.0}, {"near": 0}, {"grid_width": None}),
-        *({"floor": 1.0}, {"survivors": 1.0}),
+        *({"most": 0.5}, {"least": 0.0, "most": 0.0}, {"typical": 0.0}, {"near": 0}, {"grids": None}),
+        *({"floor": 1.0}, {"survivors": 1.0}, {"grids": [(24, 6)]}, {"above": relevance.roll(40, 1)}),
     ):
-        asked = {"grid_width": WIDTH, **knobs}
+        asked = {"grids": SQUARE, **knobs}
         assert not torch.equal(plain, methods.select(tokens, relevance, 40, method="focus", **asked)), knobs
 
 
@@ -97,19 +149,39 @@ def test_tokens_with_a_nan_spread_nothing():
     tokens[:, 50:90, 0] = math.nan
     relevance[:, 60] = 5.0
     relevance[:, 10] = math.nan
-    all_survive = {"method": "focus", "grid_width": WIDTH, "survivors": 64}  # GSP alone would rather drop good ones
+    all_survive = {"method": "focus", "grids": SQUARE, "survivors": 64}  # GSP alone would rather drop good ones
     kept = methods.select(tokens, relevance, N - 41, **all_survive)
     assert set(kept[0].tolist()) == set(range(N)) - set(range(50, 90)) - {10}
-    everything = methods.select(tokens, relevance, N, method="focus", grid_width=WIDTH)
+    everything = methods.select(tokens, relevance, N, method="focus", grids=SQUARE)
     assert torch.equal(everything, torch.arange(N).expand(2, -1))
-    assert methods.select(tokens[:0], relevance[:0], 20, method="focus").shape == (0, 20)
+    assert methods.select(tokens[:0], relevance[:0], 20, method="focus", grids=SQUARE).shape == (0, 20)
+    tokens[0] = math.nan
+    for keep in (1, 20, 90, N):
+        kept = methods.select(tokens, relevance, keep, method="focus", grids=SQUARE)
+        assert all(len(set(own)) == keep for own in kept.tolist())
+
+
+@pytest.mark.parametrize("kind", testing.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whatever_comes_in_so_many_stay(kind, dtype):
+    for n, keep in ((1, 1), (2, 1), (17, 2), (30, 29), (64, 8), (97, 20)):
+        tokens = testing.make_tokens(kind, 2, n, 16, dtype=dtype, seed=n)
+        relevance = testing.make_relevance(2, n, seed=n) ** 6
+        kept = methods.select(tokens, relevance, keep, method="focus", grids=[(1, n)])
+        assert kept.shape == (2, keep)
+        assert all(0 <= own[0] and own[-1] < n and (own.diff() > 0).all() for own in kept)
 
 
 @pytest.mark.parametrize(
     ("knobs", "error", "message"),
     [
-        ({"grid_width": 7}, ValueError, "grid_width: expected a divisor of N = 144, .* got 7"),
-        ({"grid_width": 0}, ValueError, "grid_width: expected grid_width >= 1, got 0"),
+        ({"grids": [(7, 12)]}, ValueError, "grids: expected N = 144 tokens in them, got 84"),
+        ({"grids": [(0, 12)]}, ValueError, r"grids: expected rows and columns >= 1, got \(0, 12\)"),
+        ({"grids": [(12, 12.0)]}, TypeError, "grids: expected an int, got float"),
+        ({"grids": [12, 12]}, ValueError, r"grids: expected a sequence of \(rows, columns\), got 12 in it"),
+        ({"grids": 12}, TypeError, r"grids: expected a sequence of \(rows, columns\), got int"),
+        ({"above": torch.ones(2, 9)}, ValueError, r"above: expected shape \(2, 144\), got \(2, 9\)"),
+        ({"above": torch.ones(2, N).double()}, TypeError, "above: expected float32, got float64"),
         ({"near": -1}, ValueError, "near: expected near >= 0, got -1"),
         ({"near": 1.5}, TypeError, "near: expected an int"),
         ({"most": 0.4}, ValueError, "most: expected least <= most <= 1 - typical, got 0.5, 0.4 and 0.125"),
@@ -119,7 +191,6 @@ def test_tokens_with_a_nan_spread_nothing():
         ({"survivors": 0.5}, ValueError, "survivors: expected 1 <= survivors"),
         ({"floor": 2.0}, ValueError, "floor: expected"),
     ],
-    ids=str,
 )
 def test_errors(knobs, error, message):
     tokens, relevance = example()
@@ -166,15 +237,42 @@ def test_above_leaves_bad_tokens_and_words_out():
 # --- in transformers
 
 
-def test_prune_inputs_uses_both_with_a_question():
+def of_llava(sign=1):
+    """The model's inputs and tokens, and a question that fits some of them, or with -1 is the contrary of them."""
     model, inputs = make_inputs("llava", [[4, SIZES["llava"][0], 6]])
     (visual,), *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
-    tokens = visual.features[None]
-    query = torch.randn(3, tokens.shape[2], generator=torch.Generator().manual_seed(1))
-    relevance = methods.relevance_of(tokens, query[None], reduce="above")
-    kept = prune_inputs(model, inputs, 18, query=query, method="focus", grid_width=6)
-    expected = methods.select(tokens, relevance, 18, method="focus", grid_width=6)
+    tokens = visual.features.detach()[None]
+    return model, inputs, tokens, sign * tokens[0, [7, 8, 20]]
+
+
+@pytest.mark.parametrize("negate", [False, True])
+def test_prune_inputs_focuses_with_a_question(negate, monkeypatch):
+    """By default, with both relevances and the model's own grid."""
+    monkeypatch.setattr(focus_module, "CLEAR", 2.0)  # a random model's relevance points nowhere
+    monkeypatch.setattr(focus_module, "VAGUE", 3.0)
+    model, inputs, tokens, query = of_llava(-1 if negate else 1)
+    told = {
+        name: methods.relevance_of(tokens, query[None], reduce=reduce, negate=negate)
+        for name, reduce in (("relevance", "max"), ("above", "above"))
+    }
+    loud = {"least": 0.5, "typical": 0.25}
+    expected = methods.select(tokens, keep=18, method="focus", grids=[(6, 6)], **told, **loud)
+    kept = prune_inputs(model, inputs, 18, query=query, negate=negate, **loud)
     assert torch.equal(kept.keep_indices[0], expected[0])
-    torch.testing.assert_close(kept.scores[0], relevance[0])
-    with pytest.raises(ValueError, match="grid_width: expected a divisor of N = 36"):
-        prune_inputs(model, inputs, 18, query=query, method="focus", grid_width=7)
+    torch.testing.assert_close(kept.scores[0], told["relevance"][0])
+    plain = prune_inputs(model, inputs, 18, query=query, negate=negate, method="script")
+    assert not torch.equal(plain.keep_indices[0], expected[0]), "the example tells the two apart"
+
+
+def test_what_names_an_option_of_script_gets_script():
+    model, inputs, tokens, query = of_llava()
+    for options in ({"gsp_drop": 0.4}, {"mix": 0.5}, {"combine": "intersect", "floor": 0.1}):
+        kept = prune_inputs(model, inputs, 18, query=query, **options)
+        script = prune_inputs(model, inputs, 18, query=query, method="script", **options)
+        assert torch.equal(kept.keep_indices[0], script.keep_indices[0])
+    without = prune_inputs(model, inputs, 18, query=None)
+    assert torch.equal(without.keep_indices[0], script_kernels.prune(tokens, None, 18)[0])
+    with pytest.raises(TypeError, match="options: expected those of 'focus' or of 'script' alone, got mix, near"):
+        prune_inputs(model, inputs, 18, query=query, mix=0.5, near=1)
+    with pytest.raises(TypeError, match="options: expected some of .*, got grids"):
+        prune_inputs(model, inputs, 18, query=query, grids=[(6, 6)])

@@ -64,7 +64,12 @@ def test_other_processor_keywords_are_left() -> None:
         ({"keep": 3, "method": "random", "seed": 0.5}, r"script_seed: expected an int, got float"),
         ({"keep": 3, "method": "random", "seed": 2**70}, r"script_seed: expected seed < 2\*\*63, got"),
         ({"keep": 3, "method": "gsp", "rounds": 0}, r"script_rounds: expected rounds >= 1, got 0"),
-        ({"keep": 3, "seed": 1}, r"script_seed: expected one of .* with script_method=script, got script_seed"),
+        ({"keep": 3, "seed": 1}, r"script_seed: expected one of .*script_rounds, .*script_near, got script_seed"),
+        (
+            {"keep": 3, "seed": 1, "method": "script"},
+            r"script_seed: expected one of .* with script_method=script, got script_seed",
+        ),
+        ({"keep": 3, "mix": 0.5, "near": 1}, r"options: expected those of 'focus' or of 'script' alone, got mix, near"),
         (
             {"kept": 3},
             r"script_kept: expected one of script_keep, script_keep_ratio, script_query, .*, got script_kept",
@@ -185,8 +190,11 @@ def test_a_share_that_no_rounds_reach_is_refused_before_the_encoder() -> None:
 
 def test_what_a_question_leaves_open_is_settled_as_in_transformers() -> None:
     asked = Settings(keep=4, query="text").rule
-    assert asked.reduce == "max"
-    assert {"floor": 0.3, "combine": "restrict", "survivors": 2.0}.items() <= dict(asked.options).items()
+    assert (asked.method, asked.reduce) == ("focus", "max")
+    assert {"floor": 0.3, "survivors": 2.0}.items() <= dict(asked.options).items()
+    assert Settings(keep=4, query="text", method="focus").rule == asked
+    script = Settings(keep=4, query="text", method="script").rule
+    assert {"floor": 0.3, "combine": "restrict", "survivors": 2.0}.items() <= dict(script.options).items()
     free = Settings(keep=4).rule
     assert free.fused is not None
     assert (free.fused.floor, free.fused.combine, free.reduce) == (0, "intersect", "mean")
@@ -209,16 +217,6 @@ def test_what_a_question_leaves_open_is_settled_as_in_transformers() -> None:
 )
 def test_an_engine_that_is_too_old(version: str, old: bool) -> None:
     assert too_old(version) == old
-
-
-def test_a_grid_is_checked_against_each_image():
-    chosen = Settings(keep=9, method="focus", query="text", options={"grid_width": 6})
-    assert chosen.placeholders(36) == 9
-    assert chosen.rule.reduce == "above"
-    with pytest.raises(ValueError, match="script_grid_width: expected a divisor of N = 40"):
-        chosen.placeholders(40)
-    with pytest.raises(ValueError, match="script_grid_width: expected grid_width >= 1"):
-        Settings(keep=9, method="focus", options={"grid_width": 0})
 
 
 def test_a_checkered_split_is_checked_against_each_image():

@@ -5,7 +5,7 @@
 
 The splits "second" and "third" (the validation split again) and "test2" (other scenes of the test's pictures) are the
 second round's: see second.py. "fourth" (other scenes of the validation's pictures) and "test3" are the fourth's: see
-fourth.py; "fifth" and "test4", likewise, the fifth's: see fifth.py.
+fourth.py; "fifth" and "test4", likewise, the fifth's: see fifth.py; "sixth" and "test6" the sixth's: see sixth.py.
 
 Per setting, keep and question: whether the answer is right, whether it is the unpruned one, the Kullback-Leibler
 divergence of the first answer's distribution from the unpruned one, and the share of the evidence that was kept. All of
@@ -28,7 +28,7 @@ from script_kernels import methods
 from script_kernels.calibrate import Candidate, calibrate
 
 from .model import Judge
-from .scenes import KINDS, Composer, Scene
+from .scenes import GRID, KINDS, Composer, Scene
 from .train import images_of, load
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -37,10 +37,11 @@ KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "second": 2_000_003, "third": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
 GENERATORS |= {"fourth": 5_000_111, "test3": 7_000_003, "fifth": 8_000_009, "test4": 11_000_027, "test5": 13_000_027}
+GENERATORS |= {"sixth": 23_000_009, "test6": 29_000_011}
 IMAGES = 120
 # Where the pictures are from that scenes are composed of.
 BANKS = {"second": "val", "third": "val", "test2": "test", "fourth": "val", "test3": "test"}
-BANKS |= {"fifth": "val", "test4": "test", "test5": "test"}
+BANKS |= {"fifth": "val", "test4": "test", "test5": "test", "sixth": "val", "test6": "test"}
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -49,7 +50,8 @@ PAIRS = 32  # images and questions that options are calibrated on, without their
 class Setting:
     """A method with its options, and the relevance it gets.
 
-    `pair` is by the tower's sentences, `words` by the language model's embeddings, `evidence` an oracle.
+    `pair` is by the tower's sentences, `words` by the language model's embeddings, `chance` deals that of the words out
+    to the tokens by chance, `evidence` is an oracle.
     """
 
     method: str
@@ -159,6 +161,11 @@ class Exam:
             return None
         if setting.source == "evidence":
             return self.evidence[at].float()
+        if setting.source == "chance":
+            found = self.relevance(dataclasses.replace(setting, source="words"), at)
+            assert found is not None
+            draws = [torch.Generator().manual_seed(n) for n in at.tolist()]
+            return torch.stack([r[torch.randperm(len(r), generator=g)] for r, g in zip(found, draws, strict=True)])
         # Only the question: a number's first digit stands among the words to predict the second from.
         last = (self.answers[at] > 0).float().argmax(1)
         known = torch.arange(words.shape[1]) <= last[:, None]
@@ -183,6 +190,9 @@ class Exam:
             if "beside" in options:  # a second relevance, named by its reduction
                 second = dataclasses.replace(setting, reduce=options["beside"])
                 options["beside"] = self.relevance(second, at)
+            if methods.facts_of(setting.method) and relevance is not None:  # as the integrations tell them
+                above = self.relevance(dataclasses.replace(setting, reduce="above"), at)
+                options |= {"above": above, "grids": [(GRID, GRID)]}
             parts.append(methods.select(tokens, relevance, keep, method=rule_of(setting), **options))
         return torch.cat(parts)
 
@@ -328,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
 
         chosen, keeps = [*reported(), calibrated(given.seed)], KEEPS
     elif given.split in BANKS:
-        from . import fifth, fourth, second
+        from . import fifth, fourth, second, sixth
 
         chosen = {
             "second": second.second,
@@ -339,10 +349,14 @@ def main(argv: list[str] | None = None) -> None:
             "fifth": fifth.fifth,
             "test4": fifth.opened,
             "test5": fifth.confirmed,
+            "sixth": sixth.sixth,
+            "test6": sixth.opened,
         }[given.split]()
-        keeps = (*CHOOSE, 32) if given.split in ("test2", "test3", "test4", "test5") else CHOOSE
+        keeps = (*CHOOSE, 32) if given.split.startswith("test") else CHOOSE
+        if given.split == "test6":
+            chosen.append(calibrated(given.seed))
     found = evaluate(exam(given.seed, given.split, given.images), chosen, keeps)
-    if given.split == "test":
+    if given.split in ("test", "test6"):
         found["calibrated"] = repr(dataclasses.replace(chosen[-1], label="").name)
     RESULTS.mkdir(exist_ok=True)
     np.savez_compressed(RESULTS / f"seed{given.seed}-{given.split}.npz", **found)

@@ -3,9 +3,10 @@
 python -m bench.judge evaluate --seed 0 --split fifth      # its settings on other scenes of the validation pictures
 python -m bench.judge evaluate --seed 0 --split test4      # what RULE.md lets through, on scenes not seen before
 python -m bench.judge report --split test4                 # results/test4.md; fifth.md likewise
-python -m bench.judge evaluate --seed 0 --split test5 --images 240     # the method `focus`, as the package has it
+python -m bench.judge evaluate --seed 0 --split test5 --images 240     # the method `focus`, as the package first had it
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from script_kernels.methods.focus import FEW, FULL, WARMTH
 
 from .evaluate import Setting
 from .fourth import HALF, surroundings
-from .scenes import GRID
 from .second import DEFAULT, GRAPH
 
 TYPICAL = 0.125
@@ -130,10 +130,10 @@ def opened() -> list[Setting]:
 
 
 def confirmed() -> list[Setting]:
-    """Rule 18: what the fifth test split is opened for: the method `focus` beside what it is compared with."""
+    """Rule 18: what the fifth test split is opened for: `focus`, the third candidate, beside what it is compared with."""
     return [
         DEFAULT,
-        Setting("focus", {"grid_width": GRID}, "words", "centred"),
+        dataclasses.replace(candidates()[2], label="focus (grid_width=24, words, centred)"),
         *(Setting(name) for name in ("dpp", "divprune", "random")),
         Setting("cdpruner", source="pair"),
         Setting("relevance", source="evidence"),

@@ -14,7 +14,7 @@ which keep every destination of a round, and by `released_script`.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from .dpp import cdpruner, dpp, otprune, resprune, script
 from .focus import focus
 from .simple import dart, gsp, random, released_script, relevance, stride, tome_drop
 
-__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "get", "options_of", "relevance_of", "select", "settled"]
+__all__ = ["METHODS", "NEEDS_RELEVANCE", "Method", "facts_of", "get", "options_of", "relevance_of", "select", "settled"]
 
 Method = Callable[..., torch.Tensor]
 
@@ -66,6 +66,19 @@ def get(method: str | Method) -> Method:
     return METHODS[method]
 
 
+# What an integration knows of an image and tells a method that has such a keyword: no option of a user's.
+FACTS = ("above", "grids")
+
+
+def _keywords(method: Method) -> list[tuple[str, inspect.Parameter]]:
+    return [(n, p) for n, p in inspect.signature(method).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
+def facts_of(method: str | Method) -> tuple[str, ...]:
+    """Those of `FACTS` that a method of the package takes; a user's callable is told none."""
+    return tuple(n for n, _ in _keywords(get(method)) if n in FACTS) if isinstance(method, str) else ()
+
+
 def options_of(method: str | Method) -> dict[str, Any]:
     """Names and defaults of the options of a method of the package, and `negate`, which is the relevance's.
 
@@ -73,7 +86,7 @@ def options_of(method: str | Method) -> dict[str, Any]:
         ValueError, TypeError: what `get` raises.
     """
     chosen = get(method)
-    own = {n: p.default for n, p in inspect.signature(chosen).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    own = {n: p.default for n, p in _keywords(chosen) if n not in FACTS}
     # These two hand theirs on to the ops.
     handed = {METHODS["gsp"]: GspOptions(), METHODS["script"]: PruneOptions()}.get(chosen)
     given = {} if handed is None else asdict(handed)
@@ -81,30 +94,49 @@ def options_of(method: str | Method) -> dict[str, Any]:
     return {"negate": False, **given, **own}
 
 
-# What the integrations have "script" do with the words of a question, as far as nothing is said of it: by the rule of
-# docs/judge.md. With the ops' own defaults a relevance by words loses more answers than no question at all.
+# What the integrations do with the words of a question, as far as nothing is said of it: by the rule of docs/judge.md.
+# "focus" gets to its last share as "script" does. With the ops' own defaults a relevance by words loses more answers
+# than no question at all.
 ASKED: dict[tuple[str, ...], dict[str, Any]] = {
     ("floor", "mix", "power"): {"floor": 0.3},
     ("combine", "gsp_drop", "oversample", "rounds", "survivors"): {"combine": "restrict", "survivors": 2.0},
 }
 
 
-def settled(
-    method: str | Method, options: Mapping[str, Any], reduce: str | None, asked: bool
-) -> tuple[dict[str, Any], str]:
-    """The options and the reduction of a relevance that an integration uses, where its user left some of them open.
+class Settled(NamedTuple):
+    """What an integration goes by, with nothing left open."""
 
-    asked: whether there is a question. Without one, and for other methods, open ones are the method's own.
+    method: str | Method
+    options: dict[str, Any]
+    reduce: str
+
+
+def settled(method: str | Method | None, options: Mapping[str, Any], reduce: str | None, asked: bool) -> Settled:
+    """The method, its options and the reduction of a relevance that an integration uses.
+
+    asked: whether there is a question. With one, a method left open is "focus", unless an option is given that only
+    "script" has; without one it is "script". Open options are the method's own, but for "script" with a question.
+
+    Raises:
+        TypeError: options that no one of the two has together, where the method is open.
     """
+    if method is None:
+        both = ("focus", "script") if asked else ("script", "focus")
+        fitting = [name for name in both if set(options) <= set(options_of(name))]
+        if not fitting:
+            raise TypeError(
+                f"options: expected those of 'focus' or of 'script' alone, got {', '.join(sorted(options))}"
+            )
+        method = fitting[0]
     found = dict(options)
     if method == "focus" and asked:
-        return found, reduce or "above"
+        return Settled(method, found, reduce or "max")
     if method != "script" or not asked:
-        return found, reduce or "mean"
+        return Settled(method, found, reduce or "mean")
     for names, chosen in ASKED.items():
         if not set(names) & set(options):
             found |= chosen
-    return found, reduce or "max"
+    return Settled(method, found, reduce or "max")
 
 
 def select(

@@ -63,6 +63,7 @@ class Stages(NamedTuple):
     order: Tensor  # (B, R) int64 tokens, best first
     gains: Tensor  # (B, R) fp32, of `order`
     kept: Tensor  # (B, keep) int64 ascending
+    taken: Tensor | None = None  # (B, N) bool, kept by another rule before these stages
 
 
 def script_stages(

@@ -2,22 +2,30 @@
 
 Diversity keeps half of what a question is about, as the patches of a thing are each other's like. So a relevance is
 first averaged over what is like a token, and over its surroundings in the grid, and as many of the best tokens are
-taken as the question calls for; the typical ones tell what the rest of the image looks like. docs/judge.md has figures.
+taken as the question calls for; the typical ones tell what the rest of the image looks like. A relevance that tells
+few tokens from the many gets no share at all, so that one which means nothing does no harm. docs/judge.md has figures.
+
+All images at once, in shapes that depend on no value: nothing here waits for a GPU.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..options import check_share, count, number
-from ._common import check, finite, ones, top, unit
-from .dpp import script
+from .. import checks
+from ..options import Grids, check_grids, check_share, count, number
+from ._common import check, finite, unit
+from .dpp import Stages, script_stages
 
 WARMTH = 0.05  # of the softmax over cosines: the patches of one thing are each other's like, and little else is
 FEW, FULL = 1 / 18, 1 / 9  # of all tokens: up to the first `script` alone chooses, from the second on shares are whole
+# Of a spread relevance's median within its range: up to the first it points at something, from the second on nowhere.
+CLEAR, VAGUE = 0.125, 0.25
+MOST = 2**24  # similarities at a time
 
 
 def focus(
@@ -29,82 +37,145 @@ def focus(
     most: float = 0.625,
     typical: float = 0.125,
     near: int = 2,
-    grid_width: int | None = None,
     negate: bool = False,
     floor: float = 0.3,
     survivors: float = 2.0,
+    above: Tensor | None = None,
+    grids: Grids | None = None,
 ) -> Tensor:
     """Tokens by a relevance that is spread over their likes, `typical` ones, and the others by `script`.
 
-    Of the budget, twice as many as lie above half of the relevance's range go by relevance, but no less than `least`
-    and no more than `most` of it; half of `least` where more than the budget lie there, for then the relevance points
-    nowhere. A share `typical` goes to the tokens of largest cosine to the mean direction of the image. Both shares grow
-    from nothing, for budgets of 1/18 of the tokens, to all, for 1/9. Without a relevance, and without a `grid_width`,
-    `script` alone chooses.
+    Of the budget, twice as many as lie above half of the spread relevance's range go by it, but no less than `least`
+    and no more than `most` of it; half of `least` where more than the budget lie there. A share `typical` goes to the
+    tokens of largest cosine to the mean direction of the image. Both shares grow from nothing, for budgets of 1/18 of
+    the tokens, to all, for 1/9; and they shrink to nothing where the median lies high in the range, from 1/8 of it to
+    1/4. Without a relevance, and without `grids`, `script` alone chooses.
 
-    near, grid_width: the relevance is also averaged over the square of 2 near + 1 tokens a side around each, as far as
-    it lies in the grid of `grid_width` columns. floor, survivors: of `script`, which restricts QCSP
-    to GSP's survivors. Chooses image by image, with a look at the device in each.
+    grids: (rows, columns) of the grids that the tokens fill one after the other, each line by line: the spread
+    relevance is also averaged over the square of 2 near + 1 tokens a side around each, as far as it lies in its grid.
+    above: the relevance that is spread, (B, N) by `relevance_of(reduce="above")`; None: `relevance`. floor: of `script`.
+    survivors: GSP leaves as many as the shares may take, and so many times the rest, for `script` to restrict QCSP to.
     """
+    return focus_stages(
+        tokens,
+        relevance,
+        keep,
+        least=least,
+        most=most,
+        typical=typical,
+        near=near,
+        negate=negate,
+        floor=floor,
+        survivors=survivors,
+        above=above,
+        grids=grids,
+    ).kept
+
+
+def focus_stages(
+    tokens: Tensor,
+    relevance: Tensor | None,
+    keep: int,
+    *,
+    least: float,
+    most: float,
+    typical: float,
+    near: int,
+    negate: bool,
+    floor: float,
+    survivors: float,
+    above: Tensor | None,
+    grids: Grids | None,
+    done: Callable[[str], None] = lambda stage: None,
+) -> Stages:
+    """`focus` with what its stages found: GSP and QCSP of what the two shares left. `done`: as for `script_stages`."""
     check(tokens, relevance, keep)
+    n = tokens.shape[1]
     for value, name in ((least, "least"), (most, "most"), (typical, "typical")):
         check_share(value, name)
     if not least <= most <= 1 - typical:
         raise ValueError(f"most: expected least <= most <= 1 - typical, got {least}, {most} and {typical}")
-    n = tokens.shape[1]
-    near = count(near, "near", 0)
-    if grid_width is not None and n % count(grid_width, "grid_width", 1):
-        raise ValueError(f"grid_width: expected a divisor of N = {n}, the tokens of whole rows, got {grid_width}")
-    how: dict[str, Any] = {"floor": floor, "combine": "restrict", "survivors": number(survivors, "survivors", 1.0)}
+    count(near, "near", 0)
+    if grids is not None:
+        check_grids(grids, n)
+    if above is not None:
+        checks.by_token(above, "above", tokens)
+    number(survivors, "survivors", 1.0)
+    how: dict[str, Any] = {"floor": floor, "combine": "restrict", "negate": negate, "done": done}
     whole = min(max((keep / n - FEW) / (FULL - FEW), 0.0), 1.0)
-    if relevance is not None and negate:
-        relevance = 1 - relevance
-    if relevance is None or grid_width is None or whole == 0.0 or len(tokens) == 0:
-        return script(tokens, relevance, keep, **how)
-    shares = (least * keep, most * keep, typical * keep)
-    kept = []
-    for image, own in zip(tokens.split(1), relevance.split(1), strict=True):
-        good = finite(image) & torch.isfinite(own)
-        seen = spread(image, own.masked_fill(~good, 0.0), good)
-        score = surroundings(seen.square(), grid_width, near)
-        above = int(((seen > 0.5) & good).sum())
-        wanted = min(max(2.0 * above, shares[0]), shares[1]) if above <= keep else shares[0] / 2
-        found = top(score.masked_fill(~good, -math.inf), int(wanted * whole))
-        for most_of_it, rule in ((int(shares[2] * whole), _typical), (keep, script)):
-            left = _others(found, n)
-            rows = image.gather(1, left[..., None].expand(-1, -1, image.shape[2]))
-            size = min(most_of_it, keep - found.shape[1])
-            if size:
-                picks = rule(rows, own.gather(1, left), size, **(how if rule is script else {}))
-                found = torch.cat([found, left.gather(1, picks)], 1)
-        kept.append(found.sort(1).values)
-    return torch.cat(kept)
+    if relevance is None or grids is None or whole == 0.0:
+        return script_stages(tokens, relevance, keep, survivors=survivors, **how)
+    # As many as the shares may take, and `survivors` times the rest.
+    how["survivors"] = survivors - (survivors - 1) * (most + typical) * whole
+    pointing = relevance if above is None else above
+    taken = shares(tokens, 1 - pointing if negate else pointing, keep, Shares(least, most, typical, near, whole), grids)
+    # What is taken is like nothing, so that GSP leaves it alone, and comes last in QCSP's order.
+    rest = script_stages(tokens.masked_fill(taken[..., None], 0.0), relevance.masked_fill(taken, math.nan), keep, **how)
+    own = ~taken.gather(1, rest.order)
+    picks = own & (own.cumsum(1) <= keep - taken.sum(1, keepdim=True))
+    stays = taken.scatter(1, rest.order, picks | ~own)
+    kept = stays.byte().argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
+    return rest._replace(kept=kept, taken=taken)
 
 
-def spread(tokens: Tensor, relevance: Tensor, good: Tensor) -> Tensor:
-    """A relevance (1, N) averaged over the good tokens (1, N, D) that are like each one, then over its range."""
+class Shares(NamedTuple):
+    """Of the budget, see `focus`; `whole`: how much of them this budget is given."""
+
+    least: float
+    most: float
+    typical: float
+    near: int
+    whole: float
+
+
+def shares(tokens: Tensor, relevance: Tensor, keep: int, by: Shares, grids: Grids) -> Tensor:
+    """(B, N) bool: the tokens that are chosen by relevance and as typical ones."""
+    good = finite(tokens) & torch.isfinite(relevance)
     rows = unit(tokens.masked_fill(~good[..., None], 0.0))
-    weights = torch.softmax((rows @ rows.mT / WARMTH).masked_fill(~good[:, None], -math.inf), 2)
-    mean = (torch.nan_to_num(weights) @ relevance[..., None])[..., 0]
+    seen = spread(rows, relevance.masked_fill(~good, 0.0), good)
+    median = seen.masked_fill(~good, math.nan).nanmedian(1).values.double().nan_to_num(1.0)
+    whole = by.whole * ((VAGUE - median) / (VAGUE - CLEAR)).clamp(0, 1)
+    above = ((seen > 0.5) & good).sum(1)
+    wanted = (2.0 * above).clamp(by.least * keep, by.most * keep)
+    wanted = torch.where(above <= keep, wanted, by.least * keep / 2)
+    score = surroundings(seen.square(), grids, by.near)
+    found = first(score.masked_fill(~good, -math.inf), wanted * whole)
+    likeness = (rows * rows.mean(1, keepdim=True)).sum(2)
+    return found | first(likeness.masked_fill(~good | found, -math.inf), by.typical * keep * whole)
+
+
+def first(score: Tensor, many: Tensor) -> Tensor:
+    """(B, N) bool: in each row the `many` (B,) tokens of largest score; between equals the lower index."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device)
+    # 1e-9 takes off rounding such as 0.7 * 10 = 6.999999999999999.
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, order, place < (many + 1e-9).floor()[:, None])
+
+
+def spread(rows: Tensor, relevance: Tensor, good: Tensor) -> Tensor:
+    """A relevance (B, N) averaged over the good tokens that are like each one, then over its range; unit rows."""
+    # Image by image, as products of several at once may round in another order.
+    mean = torch.cat([_alike(*one)[None] for one in zip(rows, relevance, good, strict=True)] or [relevance])
     low = mean.masked_fill(~good, math.inf).amin(1, keepdim=True)
     high = mean.masked_fill(~good, -math.inf).amax(1, keepdim=True)
-    return torch.where(high - low > 1e-6, (mean - low) / (high - low).clamp(min=1e-6), ones(tokens))
+    return torch.where(high - low > 1e-6, (mean - low) / (high - low).clamp(min=1e-6), 1.0)
 
 
-def surroundings(score: Tensor, grid_width: int, near: int) -> Tensor:
-    """The mean of a score (1, N) over the square of 2 near + 1 tokens a side, as far as it lies in the grid."""
-    grid = score.view(1, 1, -1, grid_width)
-    return F.avg_pool2d(grid, 2 * near + 1, stride=1, padding=near, count_include_pad=False).flatten(1)
+def _alike(rows: Tensor, relevance: Tensor, good: Tensor) -> Tensor:
+    """(N,): the mean relevance of the tokens of one image that are like each one."""
+    parts = []
+    for some in rows.split(max(1, MOST // len(rows))):  # so many similarities at a time, and not N x N
+        weights = torch.softmax((some @ rows.mT / WARMTH).masked_fill(~good, -math.inf), 1)
+        parts.append(torch.nan_to_num(weights) @ relevance)
+    return torch.cat(parts)
 
 
-def _typical(tokens: Tensor, relevance: Tensor, keep: int) -> Tensor:
-    """The tokens of largest cosine to the mean of all directions."""
-    rows = unit(tokens)
-    score = (rows @ rows.mean(1, keepdim=True).mT)[..., 0]
-    return top(score.masked_fill(~finite(tokens) | ~torch.isfinite(relevance), -math.inf), keep)
-
-
-def _others(found: Tensor, n: int) -> Tensor:
-    """(1, n - k): the tokens that are not among the k found, ascending."""
-    free = torch.ones(1, n, dtype=torch.bool, device=found.device).scatter(1, found, False)
-    return free.nonzero()[:, 1].view(1, -1)
+def surroundings(score: Tensor, grids: Grids, near: int) -> Tensor:
+    """The mean of a score (B, N) over the square of 2 near + 1 tokens a side, as far as it lies in its grid."""
+    parts = []
+    for part, shape in zip(score.split([rows * columns for rows, columns in grids], 1), grids, strict=True):
+        side = [2 * min(near, size - 1) + 1 for size in shape]  # a wider square is no other one
+        padding = [size // 2 for size in side]
+        grid = part.reshape(-1, 1, *shape)
+        parts.append(F.avg_pool2d(grid, side, stride=1, padding=padding, count_include_pad=False).flatten(1))
+    return torch.cat(parts, 1)

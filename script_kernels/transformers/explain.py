@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from script_kernels import methods
 from script_kernels.methods.dpp import script_stages
+from script_kernels.methods.focus import focus_stages
 from script_kernels.selection import Selection
 
 from .device import clock_of, fetch, mark, milliseconds
 from .families import unwrap
-from .grids import views_of
+from .grids import grids_of, view_of
 from .layouts import MODALITIES, Visual
 from .prune import PrunedInputs, prune_inputs
 from .select import Choice, relevance_by_unit, watched
@@ -45,8 +47,8 @@ class Explanation:
 def explain(model: PreTrainedModel, inputs: Mapping[str, Any], keep: int | None = None, **options: Any) -> Explanation:
     """Prunes as `prune_inputs` does, with the same arguments, and tells what each stage made of every token.
 
-    The stages are those of the method "script". Other methods have a relevance, where the question has one, and what
-    they keep. Without a query there is no relevance; where everything stays, no stage ran. On a GPU the stages are run
+    The stages are those of the methods "script" and "focus", whose shares by relevance and of typical tokens are
+    `taken` before GSP and QCSP. Other methods have a relevance, where the question has one, and what they keep. Without a query there is no relevance; where everything stays, no stage ran. On a GPU the stages are run
     again, one by one, and between equal tokens may choose another than the fused call, whose answer `kept` is.
 
     Args:
@@ -74,10 +76,12 @@ def explain(model: PreTrainedModel, inputs: Mapping[str, Any], keep: int | None 
             times |= {name: spent[name] for name in STAGES if name in spent}
     visuals = [v for choice in choices for v in choice.visuals]
     visuals.sort(key=lambda v: (MODALITIES.index(v.modality), v.prompt))  # as keep_indices are ordered
-    views = views_of(model, visuals, fetch(_small(inputs)), options.get("tokenizer"))
+    grids = grids_of(model, visuals, fetch(_small(inputs)), options.get("tokenizer"))
     images = [
-        Selection(_name(visual, visuals), kept.numpy(), view, len(visual.features), **found[id(visual)])
-        for visual, kept, view in zip(visuals, pruned.keep_indices, views, strict=True)
+        Selection(
+            _name(visual, visuals), kept.numpy(), tuple(map(view_of, own)), len(visual.features), **found[id(visual)]
+        )
+        for visual, kept, own in zip(visuals, pruned.keep_indices, grids, strict=True)
     ]
     return Explanation(pruned, images, times)
 
@@ -111,30 +115,39 @@ def _explained(choice: Choice, device: torch.device, spent: dict[str, float]) ->
 
     if query is not None:
         lay("relevance", float("nan"), score)
-    if budget.method == "script" and keeps != lengths:
-        options = {name: value for name, value in budget.options.items() if name != "negate"}  # done by the relevance
+    stages_of = {"script": script_stages, "focus": focus_stages}.get(str(budget.method))
+    if stages_of is not None and keeps != lengths:
+        options = dict(budget.options) if budget.method == "script" else methods.options_of("focus") | budget.options
+        options["negate"] = False  # done by the relevance
         parts = []
-        for part, own, length, keep in zip(tokens.split(lengths), score.split(lengths), lengths, keeps, strict=True):
+        for part, own, facts, keep in zip(
+            tokens.split(lengths), score.split(lengths), choice.facts, keeps, strict=True
+        ):
             marks.append(("", mark(device)))
-            stages = script_stages(
+            stages = stages_of(
                 part[None],
                 None if query is None else own[None],
                 keep,
                 done=lambda name: marks.append((name, mark(device))),
                 **options,
+                **(facts or dict.fromkeys(methods.facts_of(str(budget.method)))),
             )
             order, gains = stages.order[0], stages.gains[0]
             places = torch.arange(len(order), device=order.device)
-            rank = torch.full((length,), -1, device=order.device).index_copy_(0, order, places)
-            gain = torch.full((length,), float("nan"), device=order.device).index_copy_(0, order, gains)
-            parts.append((stages.mask[0], stages.redundancy[0], rank, gain))
+            rank = torch.full((len(part),), -1, device=order.device).index_copy_(0, order, places)
+            gain = torch.full((len(part),), float("nan"), device=order.device).index_copy_(0, order, gains)
+            taken = torch.zeros_like(rank, dtype=torch.bool) if stages.taken is None else stages.taken[0]
+            ranked = (rank.masked_fill(taken, -1), gain.masked_fill(taken, float("nan")))  # of no rank, though last
+            parts.append((taken, stages.mask[0], stages.redundancy[0], *ranked))
         for name, blank, values in zip(
-            ("survives", "redundancy", "order", "gain"),
-            (True, float("nan"), -1, float("nan")),
+            ("taken", "survives", "redundancy", "order", "gain"),
+            (False, True, float("nan"), -1, float("nan")),
             zip(*parts, strict=True),
             strict=True,
         ):
             lay(name, blank, torch.cat(values))
+        if not fields["taken"].any():
+            del fields["taken"]
     for (_, before), (name, after) in pairwise(marks):
         if name:
             spent[name] = spent.get(name, 0.0) + milliseconds(before, after)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,16 +28,38 @@ _BORDER = ("deepseek_vl", "deepseek_vl_hybrid", "janus")
 _RESAMPLERS = ("perceiver", "resampler", "qformer", "query")
 
 
-def views_of(model: PreTrainedModel, visuals: list[Visual], inputs: Mapping[str, Any], processor: Any) -> list[Any]:
-    """For each visual its views, a tuple of `View`. inputs: on the CPU."""
+@dataclass(frozen=True)
+class Grid:
+    """Rows of a visual, (n,) int64, that lie line by line in a grid of `shape`; None: of which, nothing tells.
+
+    part: what of the picture it covers, as in `View`.
+    """
+
+    name: str
+    rows: Tensor
+    shape: tuple[int, int] | None
+    part: str | None
+
+
+def grids_of(model: PreTrainedModel, visuals: list[Visual], inputs: Mapping[str, Any], processor: Any) -> list[Any]:
+    """For each visual its grids, a list of `Grid` that holds each of its rows but newlines. inputs: on the CPU."""
     part = _part(model, processor)
-    views = []
+    found = []
     for visual in visuals:
         peers = [v for v in visuals if v.modality == visual.modality]
         place = next(i for i, v in enumerate(peers) if v is visual)
         sizes = list(_sizes(model, inputs, visual.modality, place, len(peers)))
-        views.append(tuple(_packed(visual, sizes) if visual.newline.any() else _tiled(model, visual, sizes, part)))
-    return views
+        found.append(list(_packed(visual, sizes) if visual.newline.any() else _tiled(model, visual, sizes, part)))
+    return found
+
+
+def view_of(grid: Grid) -> View:
+    """For people: where no shape is known, a square that covers no picture."""
+    if grid.shape is not None:
+        return View(grid.name, grid.rows.reshape(grid.shape).numpy(), grid.part)
+    view = square_view(f"{grid.name}, in the order of its tokens", len(grid.rows), None)
+    padded = torch.cat([grid.rows, torch.tensor([-1])])
+    return View(view.name, padded[torch.from_numpy(view.tokens)].numpy(), None)
 
 
 def _part(model: PreTrainedModel, processor: Any) -> str | None:
@@ -85,17 +108,11 @@ def _shape(count: int, sizes: list[tuple[int, int]]) -> tuple[int, int] | None:
     return None
 
 
-def _view(name: str, rows: Tensor, sizes: list[tuple[int, int]], part: str | None) -> View:
-    """A view of the visual's `rows`; of unknown shape, in a square that covers no picture."""
-    shape = _shape(len(rows), sizes)
-    if shape is None:
-        view = square_view(f"{name}, in the order of its tokens", len(rows), None)
-        padded = torch.cat([rows, torch.tensor([-1])])
-        return View(view.name, padded[torch.from_numpy(view.tokens)].numpy(), None)
-    return View(name, rows.reshape(shape).numpy(), part)
+def _grid(name: str, rows: Tensor, sizes: list[tuple[int, int]], part: str | None) -> Grid:
+    return Grid(name, rows, _shape(len(rows), sizes), part)
 
 
-def _packed(visual: Visual, sizes: list[tuple[int, int]]) -> Iterator[View]:
+def _packed(visual: Visual, sizes: list[tuple[int, int]]) -> Iterator[Grid]:
     """The base view, and the crops as the one grid that their lines are."""
     content = ~visual.newline
     if visual.modality == "video":  # one newline ends all frames
@@ -105,18 +122,18 @@ def _packed(visual: Visual, sizes: list[tuple[int, int]]) -> Iterator[View]:
     crops = (content & (visual.tile > 0)).nonzero()[:, 0]
     if len(base):
         side = math.isqrt(len(base))
-        yield _view("the whole picture", base, [(side, side), *sizes], "whole")
+        yield _grid("the whole picture", base, [(side, side), *sizes], "whole")
     if len(crops):
         lines = int(visual.line[crops].max()) + 1
-        yield _view("its tiles", crops, [(lines, len(crops) // lines)], "whole")
+        yield _grid("its tiles", crops, [(lines, len(crops) // lines)], "whole")
 
 
-def _frames(visual: Visual, content: Tensor, sizes: list[tuple[int, int]]) -> Iterator[View]:
+def _frames(visual: Visual, content: Tensor, sizes: list[tuple[int, int]]) -> Iterator[Grid]:
     for frame in visual.tile[content].unique().tolist():
-        yield _view(f"frame {frame + 1}", (content & (visual.tile == frame)).nonzero()[:, 0], sizes, "whole")
+        yield _grid(f"frame {frame + 1}", (content & (visual.tile == frame)).nonzero()[:, 0], sizes, "whole")
 
 
-def _tiled(model: PreTrainedModel, visual: Visual, sizes: list[tuple[int, int]], part: str | None) -> Iterator[View]:
+def _tiled(model: PreTrainedModel, visual: Visual, sizes: list[tuple[int, int]], part: str | None) -> Iterator[Grid]:
     tiles = visual.tile.unique().tolist()
     if visual.modality == "video":
         yield from _frames(visual, torch.ones_like(visual.newline), sizes)
@@ -126,4 +143,4 @@ def _tiled(model: PreTrainedModel, visual: Visual, sizes: list[tuple[int, int]],
         # InternVL's last tile is a thumbnail of the picture; where the others lie no input tells.
         whole = len(tiles) == 1 or (model.config.model_type == "internvl" and tile == tiles[-1])
         name = "the whole picture" if whole and len(tiles) > 1 else "picture" if whole else f"tile {tile + 1}"
-        yield _view(name, rows, sizes, part if whole else None)
+        yield _grid(name, rows, sizes, part if whole else None)

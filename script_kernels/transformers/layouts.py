@@ -34,7 +34,8 @@ class Visual:
     features: (L, D), rows in placeholder order. planes: DeepStack features, one (L, D) per injected layer.
     tile: (L,) int64, the tile (or frame) a row belongs to. newline: (L,) bool, rows that hold the learned
     `image_newline` vector. line: (L,) int64, the line a newline row ends; -1 for rows in no line.
-    prompt, columns: where its placeholders stand in the batch, set by `_place`.
+    prompt, columns: where its placeholders stand in the batch, set by `_place`. grids: where its tokens lie, of
+    `grids.grids_of`, where a method asks.
     """
 
     modality: str
@@ -45,6 +46,7 @@ class Visual:
     planes: list[Tensor] = field(default_factory=list)
     prompt: int = -1
     columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    grids: list[Any] = field(default_factory=list)
 
 
 def plain(modality: str, features: Tensor, tile: Tensor | None = None, planes: list[Tensor] | None = None) -> Visual:

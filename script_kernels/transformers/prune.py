@@ -19,6 +19,7 @@ from .device import clock_of, fetch, mark, milliseconds, send
 from .encode import encode, rebuild
 from .families import ALONG, Family, family_of, parameters, text_config, token_id, unwrap
 from .flops import flops_of_lengths
+from .grids import grids_of
 from .layouts import MODALITIES, Visual
 from .positions import INPUT_OF, pruned_positions
 from .query import text_query
@@ -281,7 +282,7 @@ def prune_inputs(
     positions: str | None = None,
     min_tokens: int = 1,
     newlines: str = "drop",
-    method: str | methods.Method = "script",
+    method: str | methods.Method | None = None,
     reduce: str | None = None,
     calibration: str | os.PathLike[str] | Calibration | None = None,
     **options: Any,
@@ -309,16 +310,17 @@ def prune_inputs(
         newlines: the `image_newline` rows of an image that lost tokens: "drop" all of them, or keep those of "lines"
             that still hold a token, on top of the budget. An image that stays whole keeps them.
         method: a name from `script_kernels.methods`, or a callable `(tokens (1, N, D), relevance (1, N) or None, keep,
-            **options) -> (1, keep)`, which is called once for each unit and whose result is checked.
+            **options) -> (1, keep)`, which is called once for each unit and whose result is checked. None: with a query
+            "focus", unless an option is given that "script" alone has; without one "script".
         reduce: relevance by the "mean" cosine of a token to the query's vectors, by the largest ("max"), or by the
-            largest above the median of its vector's over the image ("above"). None: "max" for "script", "above" for
-            "focus", else "mean".
+            largest above the median of its vector's over the image ("above"). None: with a query "max" for "focus" and
+            "script", else "mean".
         calibration: what a calibration found, or the file it is in: sets method, reduce and options, whether there is a
             query, and keep if neither keep nor keep_ratio is given.
-        options: `negate`, and those of the method; of "script" `gsp_drop`, `oversample`, `combine`, `threshold`,
-            `gamma`, `min_degree`, `rounds`, `floor` of `script_kernels.prune`, and what docs/methods.md lists. With a
-            query "script" has `floor=0.3` unless it, `mix` or `power` is given, and `combine="restrict", survivors=2.0`
-            unless one of these, `gsp_drop`, `oversample` or `rounds` is. Without a query it is `script_kernels.prune`.
+        options: `negate`, and those of the method; docs/methods.md lists them. "script" takes those of
+            `script_kernels.prune` too. With a query it has `floor=0.3` unless it, `mix` or `power` is given, and
+            `combine="restrict", survivors=2.0` unless one of these, `gsp_drop`, `oversample` or `rounds` is; so does
+            "focus", which is nothing else where no grid of the tokens is known, and for a share of up to 1/18.
 
     Returns:
         A `PrunedInputs`. For mRoPE models `rope_deltas` of the model is set too, as its own prefill would do.
@@ -332,7 +334,7 @@ def prune_inputs(
     family = family_of(model)
     device = clock_of(model)
     start = mark(device)
-    if calibration is not None and (options or method != "script" or reduce is not None):
+    if calibration is not None and (options or method is not None or reduce is not None):
         raise ValueError("calibration: expected no method, reduce or options with it, as it sets them, got both")
     chosen = settings(calibration, keep, keep_ratio, query)
     query = chosen.pop("query")
@@ -356,6 +358,9 @@ def prune_inputs(
         check_family(model, given | passed, mask, visuals, build)
 
     select_start = mark(device)
+    if query is not None and "grids" in methods.facts_of(budget.settled(True).method):
+        for visual, grids in zip(visuals, grids_of(model, visuals, host, tokenizer), strict=True):
+            visual.grids = grids
     prompts = [[v for v in visuals if v.prompt == prompt] for prompt in range(len(ids))]
     choices = [
         choose(mine, _query(model, query, tokenizer, prompt, ids, mask, mine[0].features), budget)

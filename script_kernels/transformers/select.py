@@ -35,7 +35,7 @@ class Budget:
     min_tokens: int = 1
     newlines: str = "drop"
     options: Mapping[str, Any] = field(default_factory=dict)
-    method: str | methods.Method = "script"
+    method: str | methods.Method | None = None
     reduce: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,20 +57,22 @@ class Budget:
             raise ValueError(f"newlines: expected 'drop' or 'lines', got {self.newlines!r}")
         if self.reduce is not None:
             check_name(self.reduce, "reduce", REDUCE_BY_METHODS)
-        chosen = methods.get(self.method)
-        if isinstance(self.method, str):
-            known = list(methods.options_of(chosen))
+        if self.method is None or isinstance(self.method, str):
+            # What is left open is "focus" or "script", which has all the options of both but a few.
+            names = ("script", "focus") if self.method is None else (self.method,)
+            known = list(dict.fromkeys(option for name in names for option in methods.options_of(name)))
             unknown = sorted(set(self.options) - set(known))
             if unknown:
                 raise TypeError(f"options: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+        methods.settled(self.method, self.options, self.reduce, asked=True)
 
     def settled(self, asked: bool) -> Budget:
         """With what it leaves open filled in, for a prompt that asks something or does not."""
-        options, reduce = methods.settled(self.method, self.options, self.reduce, asked)
-        if self.method == "script":  # knobs of the method that stand where the op has them need no method
+        method, options, reduce = methods.settled(self.method, self.options, self.reduce, asked)
+        if method == "script":  # knobs of the method that stand where the op has them need no method
             still = methods.options_of("script")
             options = {name: value for name, value in options.items() if name in OPTIONS or value != still[name]}
-        return replace(self, options=options, reduce=reduce)
+        return replace(self, method=method, options=options, reduce=reduce)
 
     @property
     def fused(self) -> bool:
@@ -117,7 +119,7 @@ class Choice:
 
     rows: rows of the concatenated features that competed, on the CPU, unit by unit, of `lengths`. chosen: places in
     rows that won, on the features' device. scores: per visual, (L,) fp32, NaN on newline rows, likewise. query:
-    (1, Q, D). budget: with nothing left open.
+    (1, Q, D). budget: with nothing left open. facts: what a method that asks is told of each unit.
     """
 
     visuals: list[Visual]
@@ -127,6 +129,7 @@ class Choice:
     lengths: list[int]
     query: Tensor | None
     budget: Budget
+    facts: list[dict[str, Any]]
 
     @property
     def tokens(self) -> Tensor:
@@ -170,13 +173,19 @@ def _units(visuals: list[Visual], per: str) -> tuple[Tensor, list[int]]:
 
 
 def _prune_units(
-    tokens: Tensor, lengths: list[int], keeps: list[int], query: Tensor | None, score: Tensor, budget: Budget
+    tokens: Tensor,
+    lengths: list[int],
+    keeps: list[int],
+    query: Tensor | None,
+    score: Tensor,
+    budget: Budget,
+    facts: list[dict[str, Any]],
 ) -> Tensor:
     """Kept rows of packed units (sum(lengths), D), ascending within each; query (1, Q, D) is shared."""
     if all(k == n for k, n in zip(keeps, lengths, strict=True)):
         return torch.arange(len(tokens), device=tokens.device)
     if not budget.fused:
-        return _by_method(tokens, lengths, keeps, None if query is None else score, budget)
+        return _by_method(tokens, lengths, keeps, None if query is None else score, budget, facts)
     options = budget.options
     if len(set(lengths)) == 1 and len(set(keeps)) == 1:
         kept = prune(tokens.view(len(lengths), lengths[0], -1), query, keeps[0], **options)
@@ -188,20 +197,57 @@ def _prune_units(
     return prune_varlen(tokens, send(ends, tokens.device), queries, keeps, **options)
 
 
-def _by_method(tokens: Tensor, lengths: list[int], keeps: list[int], score: Tensor | None, budget: Budget) -> Tensor:
+def _by_method(
+    tokens: Tensor,
+    lengths: list[int],
+    keeps: list[int],
+    score: Tensor | None,
+    budget: Budget,
+    facts: list[dict[str, Any]],
+) -> Tensor:
     """What `_prune_units` gives, by a method of its own. `score` has the sign of `negate` already."""
+    assert budget.method is not None
     options = {name: value for name, value in budget.options.items() if name != "negate"}
     method = methods.get(budget.method)
-    if isinstance(budget.method, str) and len(set(lengths)) == 1 and len(set(keeps)) == 1:
+    alike = len(set(lengths)) == 1 and len(set(keeps)) == 1 and not any(facts)
+    if isinstance(budget.method, str) and alike:
         units = tokens.view(len(lengths), lengths[0], -1)
         kept = method(units, None if score is None else score.view(units.shape[:2]), keeps[0], **options)
         return (kept + torch.arange(0, len(tokens), lengths[0], device=tokens.device)[:, None]).flatten()
     scores = [None] * len(lengths) if score is None else [s[None] for s in score.split(lengths)]
     found, start = [], 0
-    for part, own, length, keep in zip(tokens.split(lengths), scores, lengths, keeps, strict=True):
-        found.append(start + methods.select(part[None], own, keep, method=budget.method, **options)[0])
-        start += length
+    for part, own, known, keep in zip(tokens.split(lengths), scores, facts, keeps, strict=True):
+        kept = methods.select(part[None], own, keep, method=budget.method, **options, **known)[0]
+        found.append(start + kept)
+        start += len(part)
     return _joined(found)
+
+
+def _facts(
+    tokens: Tensor, lengths: list[int], rows: Tensor, visuals: list[Visual], query: Tensor | None, budget: Budget
+) -> list[dict[str, Any]]:
+    """What the method asks to know of each unit: a second relevance, and the grids in which its tokens lie."""
+    assert budget.method is not None
+    asked = methods.facts_of(budget.method)
+    if query is None or not asked:
+        return [{} for _ in lengths]
+    parts = [part for visual in visuals for part in visual.grids]
+    shift = list(accumulate((len(v.features) for v in visuals), initial=0))
+    held = [part.rows + start for visual, start in zip(visuals, shift, strict=False) for part in visual.grids]
+    edge = list(accumulate(map(len, held), initial=0))
+    order = _joined(held) if held else rows[:0]
+    found = []
+    for unit, end in zip(tokens.split(lengths), accumulate(lengths), strict=True):
+        begin = end - len(unit)
+        known: dict[str, Any] = dict.fromkeys(asked)
+        if "above" in asked:
+            how = {"reduce": "above", "negate": budget.options.get("negate", False)}
+            known["above"] = methods.relevance_of(unit[None], query, **how)
+        if "grids" in asked and begin in edge and end in edge and torch.equal(order[begin:end], rows[begin:end]):
+            shapes = [part.shape for part in parts[edge.index(begin) : edge.index(end)]]
+            known["grids"] = shapes if all(shapes) else None
+        found.append(known)
+    return found
 
 
 def relevance_by_unit(tokens: Tensor, lengths: list[int], query: Tensor | None, budget: Budget) -> Tensor:
@@ -237,9 +283,10 @@ def choose(visuals: list[Visual], query: Tensor | None, budget: Budget) -> Choic
     by_row = score
     if place is not None:
         score = torch.full((len(features),), float("nan"), device=features.device).index_copy_(0, place, score)
-    chosen = _prune_units(tokens, lengths, keeps, query, by_row, budget)
+    facts = [{} for _ in lengths] if keeps == lengths else _facts(tokens, lengths, rows, visuals, query, budget)
+    chosen = _prune_units(tokens, lengths, keeps, query, by_row, budget, facts)
     scores = list(score.split([len(v.features) for v in visuals]))
-    choice = Choice(visuals, rows, chosen, scores, lengths, query, budget)
+    choice = Choice(visuals, rows, chosen, scores, lengths, query, budget, facts)
     looked_on = _watched.get()
     if looked_on is not None:
         looked_on.append(choice)

@@ -8,7 +8,7 @@ cached image fits any prompt, and a chunk needs nothing from the ones before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import Grids
 from . import engine, metrics
 from .processing import ORDER, QUERY, AnyResolution, image_token_id, order_of, register
 from .select import POSITION_CHANNELS, attach_positions, choose, detach_positions, grid_positions
@@ -32,6 +33,7 @@ class PrunedModel:
 
     pruned = True
     config: Any
+    described_by: tuple[str, ...] = ()  # inputs of the encoder that `grids` looks at
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -52,6 +54,18 @@ class PrunedModel:
         """Rows of an any-resolution image before its first line."""
         return 0
 
+    def grids(self, order: Order, inputs: Mapping[str, Any]) -> Grids | None:
+        """In which an image's rows lie line by line, without those of newlines; None where that is not known.
+
+        inputs: what the encoder got of this image.
+        """
+        return None
+
+    def side(self) -> int:
+        """Patches of a side of the picture that the encoder sees."""
+        vision = self.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
     def embed_multimodal(self, **kwargs: Any) -> Any:
         rows, words = kwargs.pop(ORDER, None), kwargs.pop(QUERY, None)
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
@@ -65,7 +79,9 @@ class PrunedModel:
         """Prunes what the encoder gave in one step, all images together."""
         start = perf_counter()
         queries = [self.embed_query(ids, rows) for ids, rows in zip(words, features, strict=True)]
-        chosen = choose(features, orders, queries, self.width, self.base_rows())
+        inputs = [{name: kwargs[name][i] for name in self.described_by} for i in range(len(orders))]
+        grids = [self.grids(order, own) for order, own in zip(orders, inputs, strict=True)]
+        chosen = choose(features, orders, queries, self.width, self.base_rows(), grids)
         kept = [rows if own is None else rows[own] for rows, own in zip(features, chosen, strict=True)]
         for rows, order in zip(kept, orders, strict=True):
             if order.after and len(rows) != order.after:
@@ -89,6 +105,8 @@ class PrunedModel:
 class PrunedMrope(PrunedModel):
     """Keeps each survivor at its (t, h, w) of the full prompt."""
 
+    described_by = ("image_grid_thw",)
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._places: tuple[Tensor, Tensor] | None = None
@@ -107,6 +125,10 @@ class PrunedMrope(PrunedModel):
         t, h, w = (int(size) for size in image_grid_thw.tolist())
         merge = self.config.vision_config.spatial_merge_size
         return t, h // merge, w // merge
+
+    def grids(self, order: Order, inputs: Mapping[str, Any]) -> Grids | None:
+        frames, rows, columns = self.grid(inputs["image_grid_thw"])
+        return [(rows, columns)] * frames
 
     def finish(
         self, kept: list[Tensor], chosen: Sequence[Tensor | None], orders: list[Order], kwargs: dict[str, Any]
@@ -202,17 +224,28 @@ class PrunedMrope(PrunedModel):
 
 
 class PrunedLlava(PrunedModel, engine.LlavaForConditionalGeneration):
-    pass
+    def grids(self, order: Order, inputs: Mapping[str, Any]) -> Grids | None:
+        side = self.side()
+        return [(side, side)] if order.before == side * side else None
 
 
 class PrunedLlavaNext(PrunedModel, engine.LlavaNextForConditionalGeneration):
     def base_rows(self) -> int:
-        vision = self.config.vision_config
-        return int((vision.image_size // vision.patch_size) ** 2)
+        return self.side() ** 2
+
+    def grids(self, order: Order, inputs: Mapping[str, Any]) -> Grids | None:
+        crops = order.before - order.newlines - self.base_rows()
+        base = (self.side(), self.side())
+        return [base, (order.newlines, crops // order.newlines)] if order.newlines else None
 
 
 class PrunedInternVL(PrunedModel, engine.InternS1ForConditionalGeneration):
-    pass
+    def grids(self, order: Order, inputs: Mapping[str, Any]) -> Grids | None:
+        vision = self.config.vision_config
+        patches = zip(vision.image_size, vision.patch_size, strict=True)
+        rows, columns = (int(size // patch * self.config.downsample_ratio) for size, patch in patches)
+        tiles, rest = divmod(order.before, rows * columns)
+        return None if rest else [(rows, columns)] * tiles
 
 
 class PrunedQwen2VL(PrunedMrope, engine.Qwen2VLForConditionalGeneration):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import methods, prune_varlen
+from ..options import Grids
 from .settings import Order, Rule
 
 POSITION_CHANNELS = 3  # t, h, w
@@ -38,11 +39,17 @@ def unit_mean(vectors: Tensor) -> Tensor:
 
 
 def choose(
-    features: Sequence[Tensor], orders: Sequence[Order], queries: Sequence[Tensor | None], width: int, base: int = 0
+    features: Sequence[Tensor],
+    orders: Sequence[Order],
+    queries: Sequence[Tensor | None],
+    width: int,
+    base: int = 0,
+    grids: Sequence[Grids | None] | None = None,
 ) -> list[Tensor | None]:
     """The rows that stay of each image, ascending int64, or None where all do.
 
-    features: (before, >= width) each; the first `width` channels are compared. queries: (Q, width) each or None. Images
+    features: (before, >= width) each; the first `width` channels are compared. queries: (Q, width) each or None. grids:
+    in which an image's rows lie line by line, without those of newlines, for methods that ask; None: unknown. Images
     with the op's own rule, the same options and alike a query or none are chosen in one call of `prune_varlen`, all of
     them where nothing was set per request. Other methods choose image by image, so that what else a step holds changes
     nothing.
@@ -67,7 +74,8 @@ def choose(
         words = [None if unasked else _present(queries[i]) for i in members]
         options = rule.fused
         if options is None:
-            kept = [_by_method(*one, rule) for one in zip(packed, words, keep, strict=True)]
+            lie = [None if grids is None else grids[i] for i in members]
+            kept = [_by_method(*one, rule) for one in zip(packed, words, keep, lie, strict=True)]
         else:
             starts = [0, *accumulate(len(rows) for rows in packed)]
             ends = torch.tensor(starts, dtype=torch.int32, device=device)
@@ -79,11 +87,18 @@ def choose(
     return chosen
 
 
-def _by_method(rows: Tensor, words: Tensor | None, keep: int, rule: Rule) -> Tensor:
+def _by_method(rows: Tensor, words: Tensor | None, keep: int, grids: Grids | None, rule: Rule) -> Tensor:
     """rows (N, C), words (Q, C) or None -> (keep,) int64, ascending."""
     options = dict(rule.options)
-    how = {"negate": options.pop("negate"), "reduce": rule.reduce}  # the sign is the relevance's
-    relevance = None if words is None else methods.relevance_of(rows[None], words[None], **how)
+    negate = options.pop("negate")  # the sign is the relevance's
+    relevance = None
+    if words is not None:
+        relevance = methods.relevance_of(rows[None], words[None], reduce=rule.reduce, negate=negate)
+        asked = methods.facts_of(rule.method)
+        if "above" in asked:
+            options["above"] = methods.relevance_of(rows[None], words[None], reduce="above", negate=negate)
+        if "grids" in asked:
+            options["grids"] = grids
     return methods.select(rows[None], relevance, keep, method=rule.method, **options)[0]
 
 

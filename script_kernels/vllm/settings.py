@@ -42,6 +42,11 @@ def defaults_of(method: str) -> Mapping[str, Any]:
     return methods.options_of(method)
 
 
+def options_of(method: str | None) -> Mapping[str, Any]:
+    """The options that may be given with a method; with None, those of either that it stands for."""
+    return {**defaults_of("script"), **defaults_of("focus")} if method is None else defaults_of(method)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the rows of an image are chosen: a method, all its options, and how relevance is reduced over words."""
@@ -73,7 +78,7 @@ class Rule:
 
             if options.get("grid_width") is not None:  # whether it fits an image is known when there is one
                 width = count(options["grid_width"], "grid_width", 1)
-                check_split(width, options.get("split", "checker"), width)
+                check_split(width, options["split"], width)
                 options["grid_width"] = 1
             # The method's own checks, on an image of one token.
             methods.select(torch.ones(1, 1, 1), torch.ones(1, 1), 1, method=self.method, **options)
@@ -85,7 +90,7 @@ class Rule:
         options = dict(self.options)
         if options.get("grid_width") is not None:
             try:
-                check_split(tokens, "checker", options["grid_width"])
+                check_split(tokens, options["split"], options["grid_width"])
             except ValueError as error:
                 raise ValueError(f"{PREFIX}{error}") from None
         if self.method != "script":
@@ -118,14 +123,15 @@ class Settings:
 
     keep: tokens that stay of an image; one that has fewer stays whole. keep_ratio: instead, the share that stays, in
     (0, 1], rounded up. query: None, or "text": the user's words, which then belong to the image's cache identity, if
-    the method looks at them. method: a name of `script_kernels.methods`. reduce: of the cosines to several words,
-    "mean", "max" or "above" their median over the image. options: those of the method that were given.
+    the method looks at them. method: a name of `script_kernels.methods`; None: with a question "focus", unless an
+    option is given that "script" alone has, without one "script". reduce: of the cosines to several words, "mean",
+    "max" or "above" their median over the image. options: those of the method that were given.
     """
 
     keep: int | None = None
     keep_ratio: float | None = None
     query: str | None = None
-    method: str = "script"
+    method: str | None = None
     reduce: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -142,32 +148,38 @@ class Settings:
         if self.reduce is not None and self.reduce not in REDUCE_BY_METHODS:
             raise ValueError(f"script_reduce: expected 'mean', 'max' or 'above', got {self.reduce!r}")
         known = method_names()
-        if self.method not in known:
+        if self.method is not None and self.method not in known:
             raise ValueError(f"script_method: expected one of {', '.join(known)}, got {self.method!r}")
-        unknown = sorted(set(self.options) - set(defaults_of(self.method)))
+        taken = options_of(self.method)
+        unknown = sorted(set(self.options) - set(taken))
         if unknown:
-            names = ", ".join(PREFIX + name for name in (*OWN, *defaults_of(self.method)))
-            by = f" with script_method={self.method}" if any(unknown[0] in defaults_of(name) for name in known) else ""
+            names = ", ".join(PREFIX + name for name in (*OWN, *taken))
+            by = "" if self.method is None else f" with script_method={self.method}"
+            by = by if any(unknown[0] in defaults_of(name) for name in known) else ""
             raise ValueError(f"{PREFIX}{unknown[0]}: expected one of {names}{by}, got {PREFIX}{unknown[0]}")
-        self.rule.check()
+        try:
+            rule = self.rule
+        except TypeError as error:  # options of two methods
+            raise ValueError(f"{PREFIX}{error}") from None
+        rule.check()
 
     @property
     def rule(self) -> Rule:
         """What chooses, with defaults filled in, so that two of them are equal where they choose equally."""
-        given, reduce = settled(self.method, self.options, self.reduce, self.asks)
-        options = {**defaults_of(self.method), **given}
-        if self.method == "script":
+        method, given, reduce = settled(self.method, self.options, self.reduce, self.asks)
+        options = {**defaults_of(method), **given}
+        if method == "script":
             # Knobs that stand where the op has them need no method of their own.
             defaults = defaults_of("script")
             knobs = [name for name in options if name not in OPTIONS]
             if all(options[name] == defaults[name] and type(options[name]) is not bool for name in knobs):
                 options = {name: options[name] for name in OPTIONS}
-        return Rule(self.method, reduce if self.asks else "mean", tuple(sorted(options.items())))
+        return Rule(method, reduce if self.asks else "mean", tuple(sorted(options.items())))
 
     @property
     def asks(self) -> bool:
         """Whether the choice depends on the question: a method that looks at no relevance is spared it."""
-        return self.query == "text" and needs_relevance(self.method)
+        return self.query == "text" and (self.method is None or needs_relevance(self.method))
 
     def check_complete(self, encoder_only: bool = False) -> None:
         """Raises ValueError where there is nothing to choose by: what the environment leaves open an argument may say.
@@ -224,15 +236,19 @@ class Settings:
     def identity(self, query: tuple[int, ...] = ()) -> str:
         """A prefix for the cache identity of an image: equal exactly for what chooses equally."""
         named = f"keep{self.keep}" if self.keep_ratio is None else f"ratio{self.keep_ratio:g}"
-        by = "" if self.method == "script" else f"-{self.method}"
+        by = "" if self.method in (None, "script") else f"-{self.method}"
         whole = json.dumps([self.keep, self.keep_ratio, self.asks, self.rule.text(), list(query)])
         return f"script-{named}{by}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}-"
 
 
-def settled(method: str, options: Mapping[str, Any], reduce: str | None, asked: bool) -> tuple[dict[str, Any], str]:
+def settled(
+    method: str | None, options: Mapping[str, Any], reduce: str | None, asked: bool
+) -> tuple[str, dict[str, Any], str]:
     from .. import methods
 
-    return methods.settled(method, options, reduce, asked)
+    found = methods.settled(method, options, reduce, asked)
+    assert isinstance(found.method, str)
+    return found.method, found.options, found.reduce
 
 
 def method_names() -> tuple[str, ...]:
@@ -253,8 +269,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     Of the options only those of the method that is named there, or of the default one: SCRIPT_SEED means something to
     others too.
     """
-    method = environment.get("SCRIPT_METHOD", "script")
-    options = defaults_of(method) if method in method_names() else ()
+    method = environment.get("SCRIPT_METHOD")
+    options = options_of(method) if method is None or method in method_names() else ()
     given: dict[str, Any] = {}
     for name in (*OWN, *options):
         text = environment.get((PREFIX + name).upper())

@@ -50,7 +50,8 @@ class Selection:
     """What each stage made of the L tokens of one image or video. A stage that did not run is None.
 
     kept: (K,) ascending, the tokens that stay. relevance: (L,) in [0, 1], NaN for tokens that do not compete. taken:
-    (L,) bool, what "focus" keeps by relevance, and as typical, before GSP and QCSP choose the rest. survives: (L,) bool, False where GSP dropped. redundancy: (L,) as GSP returns it. order: (L,) int, a token's place in QCSP's
+    (L,) bool, what "focus" keeps by relevance, and as typical, before GSP and QCSP choose the rest. survives: (L,)
+    bool, False where GSP dropped. redundancy: (L,) as GSP returns it. order: (L,) int, a token's place in QCSP's
     ranking (0 is first), -1 if it is not ranked. gain: (L,) of QCSP's picks, NaN likewise. GSP and QCSP count within
     what shares a budget: the image, the tile, or the request.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pathlib
+import sys
 import types
 
 import pytest
@@ -97,6 +98,26 @@ def test_the_stages_are_those_of_the_ops_and_lead_to_what_is_kept(query: str | N
         np.testing.assert_array_equal(shown.gain[order[0].numpy()], gains[0].numpy())
         assert np.isnan(shown.gain[shown.order < 0]).all()
         assert script_kernels.mask_intersect(order, mask, 6)[0].tolist() == shown.kept.tolist()
+
+
+def test_what_focus_takes_is_told_apart_from_what_the_stages_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    focus = sys.modules["script_kernels.methods.focus"]
+    monkeypatch.setattr(focus, "CLEAR", 2.0)  # a random model's relevance points nowhere
+    monkeypatch.setattr(focus, "VAGUE", 3.0)
+    for family in ("llava", "llava_next"):
+        model, inputs = make_inputs(family, PROMPTS[family])
+        found = explain(model, inputs, 12)
+        pruned = prune_inputs(model, inputs, 12)
+        for shown, kept in zip(found.images, pruned.keep_indices, strict=True):
+            assert shown.kept.tolist() == kept.tolist()
+            taken, ranked = shown.taken.nonzero()[0], np.argsort(np.where(shown.order < 0, 999, shown.order))
+            assert 0 < len(taken) < 12
+            assert (shown.order[taken] == -1).all()
+            assert np.isnan(shown.gain[taken]).all()
+            assert sorted([*taken, *ranked[: 12 - len(taken)]]) == kept.tolist()
+        figure = plot_selection(found.images[0])
+        assert any(axis.get_title().startswith("taken") for axis in figure.axes)
+    assert explain(*make_inputs("llava", PROMPTS["llava"]), 6, method="script").images[0].taken is None
 
 
 def test_where_everything_stays_no_stage_ran() -> None:

@@ -10,7 +10,7 @@ import torch
 from bench.judge import bank, evaluate, fifth, fourth, loss, report, second, train
 from bench.judge.model import Judge
 from bench.judge.scenes import COLOUR_NAMES, GRID, KINDS, LETTERS, WORDS, Composer
-from script_kernels import methods, testing
+from script_kernels import methods
 
 BANK = "29e6f075c9b70bcf30ec08ab8327cec9d71229b07796bced28194c640db9ce9b"
 SCENES = "a54a791fe14fb3c73b444ce4f64945b9fb608fd857addaef8385ea049c242ef7"

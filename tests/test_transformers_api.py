@@ -103,19 +103,24 @@ def test_pruning_options_reach_the_op():
 
 
 GRAPH = {"combine": "restrict", "survivors": 2.0}
+FOCUS = {"method": "focus"}
 
 
 @pytest.mark.parametrize(
     ("given", "open_ones"),
     [
-        ({}, {"floor": 0.3, **GRAPH, "reduce": "max"}),
-        ({"reduce": "mean"}, {"floor": 0.3, **GRAPH}),
-        ({"floor": 0.0}, {**GRAPH, "reduce": "max"}),
+        ({}, {**FOCUS, "floor": 0.3, "survivors": 2.0, "reduce": "max"}),
+        ({"reduce": "mean"}, {**FOCUS, "floor": 0.3}),
+        ({"floor": 0.0}, {**FOCUS, "reduce": "max"}),
+        ({"method": "script"}, {"floor": 0.3, **GRAPH, "reduce": "max"}),
+        ({"method": "script", "reduce": "mean"}, {"floor": 0.3, **GRAPH}),
+        ({"method": "script", "floor": 0.0}, {**GRAPH, "reduce": "max"}),
         ({"mix": 0.5}, {**GRAPH, "reduce": "max"}),
         ({"power": 2.0}, {**GRAPH, "reduce": "max"}),
         ({"gsp_drop": 0.5}, {"floor": 0.3, "reduce": "max"}),
         ({"combine": "union"}, {"floor": 0.3, "reduce": "max"}),
-        ({"negate": True}, {"floor": 0.3, **GRAPH, "reduce": "max"}),
+        ({"negate": True}, {**FOCUS, "reduce": "max"}),
+        ({"method": "script", "negate": True}, {"floor": 0.3, **GRAPH, "reduce": "max"}),
         ({"method": "cdpruner"}, {"reduce": "mean"}),
         ({"query": None}, {}),
     ],
@@ -129,9 +134,13 @@ def test_what_is_left_open_is_settled(given, open_ones):
     how = {**open_ones, **given}
     relevance = None
     if how.pop("query", query) is not None:
-        relevance = methods.relevance_of(
-            tokens, query[None], reduce=how.pop("reduce", "mean"), negate=how.pop("negate", False)
-        )
+        negate = how.pop("negate", False)
+        relevance = methods.relevance_of(tokens, query[None], reduce=how.pop("reduce", "mean"), negate=negate)
+        if how.get("method") == "focus":
+            how |= {
+                "grids": [(6, 6)],
+                "above": methods.relevance_of(tokens, query[None], reduce="above", negate=negate),
+            }
     assert torch.equal(kept, methods.select(tokens, relevance, 8, **how)[0])
 
 

@@ -10,6 +10,7 @@ from script_kernels import methods
 from script_kernels.calibrate import Calibration, Candidate, Row
 from script_kernels.transformers import calibrate_model, prune_inputs, script_pruning
 from script_kernels.transformers.encode import encode
+from script_kernels.transformers.select import watched
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -44,14 +45,56 @@ def test_every_unit_of_a_method_gets_its_own_budget():
 def test_units_of_one_size_are_chosen_together_as_each_alone():
     model, inputs = make_inputs("llava", [[2, *SIZES["llava"], 4]])
     query = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    together = prune_inputs(model, inputs, 6, query=query).keep_indices
+    together = prune_inputs(model, inputs, 6, query=query, method="script").keep_indices
+    focused = prune_inputs(model, inputs, 6, query=query).keep_indices
     visuals, *_ = encode(model, inputs, inputs["input_ids"], inputs["attention_mask"])
     assert len(visuals) > 1
     assert len({len(v.features) for v in visuals}) == 1  # so that one call chooses for all
     how = {"floor": 0.3, "combine": "restrict", "survivors": 2.0}
-    for visual, kept in zip(visuals, together, strict=True):
-        relevance = methods.relevance_of(visual.features[None], query[None], reduce="max")
-        assert torch.equal(kept, methods.select(visual.features[None], relevance, 6, **how)[0])
+    for visual, kept, by_focus in zip(visuals, together, focused, strict=True):
+        tokens = visual.features[None]
+        relevance, above = (methods.relevance_of(tokens, query[None], reduce=reduce) for reduce in ("max", "above"))
+        assert torch.equal(kept, methods.select(tokens, relevance, 6, **how)[0])
+        told = {"grids": [(6, 6)], "above": above}
+        assert torch.equal(by_focus, methods.select(tokens, relevance, 6, method="focus", **told)[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "shown", "per", "grids"),
+    [
+        ("llava", 2, "image", [[(6, 6)], [(6, 6)]]),
+        ("llava", 2, "request", [[(6, 6), (6, 6)]]),
+        ("llava_next", 1, "image", [[(4, 4), (8, 8)]]),
+        ("llava_next", 1, "tile", [[(4, 4)], None, None]),  # a line of patches runs through several tiles
+        ("llava_onevision", 1, "image", [[(4, 4), (5, 5)]]),
+        ("internvl", 1, "image", [[(4, 4), (4, 4)]]),
+        ("internvl", 1, "tile", [[(4, 4)], [(4, 4)]]),
+        ("qwen2_5_vl", 1, "image", [[(4, 6)]]),
+        ("qwen3_vl", 1, "image", [[(4, 6)]]),
+    ],
+)
+def test_a_method_is_told_the_grids_of_each_unit(family, shown, per, grids):
+    model, inputs = make_inputs(family, [[4, *SIZES[family][:1] * shown, 6]])
+    query = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    with watched() as choices:
+        prune_inputs(model, inputs, 3, query=query, per=per)
+    (choice,) = choices
+    told = [facts["grids"] for facts in choice.facts]
+    assert told[: len(grids)] == grids
+    places = torch.cat([g.rows for g in choice.visuals[0].grids])
+    assert torch.equal(places, (~choice.visuals[0].newline).nonzero()[:, 0]), "every row but newlines, in their order"
+    for facts, length in zip(choice.facts, choice.lengths, strict=True):
+        assert facts["above"].shape == (1, length)
+        assert facts["grids"] is None or sum(rows * columns for rows, columns in facts["grids"]) == length
+
+
+def test_a_method_that_asks_for_nothing_is_told_nothing():
+    model, inputs = example("llava")
+    for method in ("script", "cdpruner", lambda tokens, relevance, keep: torch.arange(keep)[None]):
+        with watched() as choices:
+            prune_inputs(model, inputs, 3, method=method)
+        assert choices[0].facts == [{}]
+        assert choices[0].visuals[0].grids == []
 
 
 def test_a_callable_selects_and_is_checked():

@@ -48,6 +48,22 @@ def test_images_with_other_options_are_chosen_by_them() -> None:
     assert not torch.equal(both[0], both[1])
 
 
+def test_focus_is_told_the_grids_and_a_second_relevance() -> None:
+    images, words = features(40, 64, 30), features(5, 3, 4)
+    grids = [[(5, 8)], [(4, 4), (6, 8)], None]
+    for negate in (False, True):
+        rule = Settings(query="text", options={"negate": negate, "near": 1}).rule
+        assert rule.method == "focus"
+        chosen = choose(images, [order(len(rows), 15, rule=rule) for rows in images], words, 32, 0, grids)
+        for rows, query, lie, kept in zip(images, words, grids, chosen, strict=True):
+            relevance, above = (
+                methods.relevance_of(rows[None], query[None], reduce=reduce, negate=negate)
+                for reduce in ("max", "above")
+            )
+            told = {"method": "focus", "above": above, "grids": lie, "near": 1}
+            assert torch.equal(kept, methods.select(rows[None], relevance, 15, **told)[0])
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_every_method_chooses_as_alone(method: str, reduce: str) -> None:

@@ -37,11 +37,11 @@ KEEPS = (288, 192, 128, 64, 32)  # 50, 33, 22, 11 and 5.6 %
 CHOOSE = (128, 64)  # where knobs are chosen
 GENERATORS = {"val": 2_000_003, "second": 2_000_003, "third": 2_000_003, "test": 3_000_017, "test2": 4_000_037}
 GENERATORS |= {"fourth": 5_000_111, "test3": 7_000_003, "fifth": 8_000_009, "test4": 11_000_027, "test5": 13_000_027}
-GENERATORS |= {"sixth": 23_000_009, "test6": 29_000_011}
+GENERATORS |= {"sixth": 23_000_009, "test6": 29_000_011, "test7": 31_000_003}
 IMAGES = 120
 # Where the pictures are from that scenes are composed of.
 BANKS = {"second": "val", "third": "val", "test2": "test", "fourth": "val", "test3": "test"}
-BANKS |= {"fifth": "val", "test4": "test", "test5": "test", "sixth": "val", "test6": "test"}
+BANKS |= {"fifth": "val", "test4": "test", "test5": "test", "sixth": "val", "test6": "test", "test7": "test"}
 BATCH = 32
 PAIRS = 32  # images and questions that options are calibrated on, without their answers
 
@@ -351,6 +351,7 @@ def main(argv: list[str] | None = None) -> None:
             "test5": fifth.confirmed,
             "sixth": sixth.sixth,
             "test6": sixth.opened,
+            "test7": sixth.again,
         }[given.split]()
         keeps = (*CHOOSE, 32) if given.split.startswith("test") else CHOOSE
         if given.split == "test6":

@@ -130,7 +130,7 @@ def opened() -> list[Setting]:
 
 
 def confirmed() -> list[Setting]:
-    """Rule 18: what the fifth test split is opened for: `focus`, the third candidate, beside what it is compared with."""
+    """Rule 18: what the fifth test split is opened for: the third candidate, beside what it is compared with."""
     return [
         DEFAULT,
         dataclasses.replace(candidates()[2], label="focus (grid_width=24, words, centred)"),

@@ -173,7 +173,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.judge report", description="Table of a test split, and the first one's plot."
     )
-    splits = ("test", "second", "test2", "third", "fourth", "test3", "fifth", "test4", "test5", "sixth", "test6")
+    splits = (
+        "test",
+        "second",
+        "test2",
+        "third",
+        "fourth",
+        "test3",
+        "fifth",
+        "test4",
+        "test5",
+        "sixth",
+        "test6",
+        "test7",
+    )
     parser.add_argument("--split", choices=splits, default="test")
     split = parser.parse_args(argv).split
     if split == "test":

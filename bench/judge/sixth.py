@@ -2,6 +2,7 @@
 
 python -m bench.judge evaluate --seed 0 --split sixth      # its settings on other scenes of the validation pictures
 python -m bench.judge evaluate --seed 0 --split test6 --images 480     # what RULE.md lets through, not seen before
+python -m bench.judge evaluate --seed 0 --split test7 --images 480     # once more, by another rule
 python -m bench.judge report --split test6                 # results/test6.md; sixth.md likewise
 """
 
@@ -45,3 +46,8 @@ def opened() -> list[Setting]:
         Setting("cdpruner", source="pair"),
         Setting("relevance", source="evidence"),
     ]
+
+
+def again() -> list[Setting]:
+    """Rule 22: what the seventh test split is opened for."""
+    return [s for s in opened() if not s.options.get("negate")]

@@ -29,18 +29,32 @@ def ones(tokens: Tensor) -> Tensor:
     return tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
 
 
+def largest(tokens: Tensor) -> Tensor:
+    """(B, N) float32: the largest magnitude of each token; one with a NaN or an Inf has that."""
+    return torch.maximum(tokens.amax(-1), -tokens.amin(-1)).float()
+
+
 def finite(tokens: Tensor) -> Tensor:
     """(B, N) bool: tokens without a NaN or an Inf."""
-    return torch.isfinite(tokens).all(-1)
+    return torch.isfinite(largest(tokens))
+
+
+def blank(tokens: Tensor, which: Tensor) -> Tensor:
+    """The tokens (B, N, D), of which those (B, N) are made zeros in place."""
+    if tokens.device.type == "cpu":
+        tokens[which] = 0.0  # ten times as fast as a mask that is spread over D
+        return tokens
+    return tokens.masked_fill_(which[..., None], 0.0)  # without a wait for how many there are
 
 
 def unit(tokens: Tensor) -> Tensor:
     """Rows over their norms in float32; zero rows, and rows with a NaN or an Inf, become zeros."""
-    x = tokens.float().masked_fill(~finite(tokens)[..., None], 0.0)
-    largest = x.abs().amax(-1, keepdim=True)
-    x = torch.where(largest > 0, x / largest, 0.0)  # squares of the largest float32 would overflow
-    norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, x / norm, 0.0)
+    size = largest(tokens)
+    bad = ~(torch.isfinite(size) & (size > 0))
+    x = blank(tokens.to(torch.float32, copy=True), bad)
+    # By the largest first, as squares of the largest float32 would overflow. In place: each is a pass over memory.
+    x.div_(size.masked_fill(bad, 1.0)[..., None])
+    return x.div_(x.norm(dim=-1, keepdim=True).masked_fill_(bad[..., None], 1.0))
 
 
 def top(score: Tensor, keep: int) -> Tensor:

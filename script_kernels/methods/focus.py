@@ -1,7 +1,7 @@
 """A share of the budget where the question points, a few typical tokens, and the rest by `script`.
 
 Diversity keeps half of what a question is about, as the patches of a thing are each other's like. So a relevance is
-first averaged over what is like a token, and over its surroundings in the grid, and as many of the best tokens are
+first averaged over what is like a token in its grid, and over its surroundings there, and as many of the best tokens are
 taken as the question calls for; the typical ones tell what the rest of the image looks like. A relevance that tells
 few tokens from the many gets no share at all, so that one which means nothing does no harm. docs/judge.md has figures.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import checks
 from ..options import Grids, check_grids, check_share, count, number
-from ._common import check, finite, unit
+from ._common import blank, check, finite, unit
 from .dpp import Stages, script_stages
 
 WARMTH = 0.05  # of the softmax over cosines: the patches of one thing are each other's like, and little else is
@@ -53,8 +53,8 @@ def focus(
 
     grids: (rows, columns) of the grids that the tokens fill one after the other, each line by line: the spread
     relevance is also averaged over the square of 2 near + 1 tokens a side around each, as far as it lies in its grid.
-    above: the relevance that is spread, (B, N) by `relevance_of(reduce="above")`; None: `relevance`. floor: of `script`.
-    survivors: GSP leaves as many as the shares may take, and so many times the rest, for `script` to restrict QCSP to.
+    above: the relevance that is spread, (B, N) by `relevance_of(reduce="above")`; None: `relevance`. floor, survivors:
+    of `script`, for which GSP leaves as many tokens as the shares may take, and `survivors` times the rest.
     """
     return focus_stages(
         tokens,
@@ -110,7 +110,7 @@ def focus_stages(
     pointing = relevance if above is None else above
     taken = shares(tokens, 1 - pointing if negate else pointing, keep, Shares(least, most, typical, near, whole), grids)
     # What is taken is like nothing, so that GSP leaves it alone, and comes last in QCSP's order.
-    rest = script_stages(tokens.masked_fill(taken[..., None], 0.0), relevance.masked_fill(taken, math.nan), keep, **how)
+    rest = script_stages(blank(tokens.clone(), taken), relevance.masked_fill(taken, math.nan), keep, **how)
     own = ~taken.gather(1, rest.order)
     picks = own & (own.cumsum(1) <= keep - taken.sum(1, keepdim=True))
     stays = taken.scatter(1, rest.order, picks | ~own)
@@ -131,8 +131,8 @@ class Shares(NamedTuple):
 def shares(tokens: Tensor, relevance: Tensor, keep: int, by: Shares, grids: Grids) -> Tensor:
     """(B, N) bool: the tokens that are chosen by relevance and as typical ones."""
     good = finite(tokens) & torch.isfinite(relevance)
-    rows = unit(tokens.masked_fill(~good[..., None], 0.0))
-    seen = spread(rows, relevance.masked_fill(~good, 0.0), good)
+    rows = unit(tokens)
+    seen = spread(rows, relevance.masked_fill(~good, 0.0), good, grids)
     median = seen.masked_fill(~good, math.nan).nanmedian(1).values.double().nan_to_num(1.0)
     whole = by.whole * ((VAGUE - median) / (VAGUE - CLEAR)).clamp(0, 1)
     above = ((seen > 0.5) & good).sum(1)
@@ -152,17 +152,23 @@ def first(score: Tensor, many: Tensor) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter(1, order, place < (many + 1e-9).floor()[:, None])
 
 
-def spread(rows: Tensor, relevance: Tensor, good: Tensor) -> Tensor:
-    """A relevance (B, N) averaged over the good tokens that are like each one, then over its range; unit rows."""
+def spread(rows: Tensor, relevance: Tensor, good: Tensor, grids: Grids) -> Tensor:
+    """A relevance (B, N) averaged over the good tokens of its grid that are like each one, then over its range.
+
+    rows: of norm 1. Work and memory grow with the grids of an image or a video, and not with their square.
+    """
+    sizes = [height * width for height, width in grids]
     # Image by image, as products of several at once may round in another order.
-    mean = torch.cat([_alike(*one)[None] for one in zip(rows, relevance, good, strict=True)] or [relevance])
+    images = zip(rows, relevance, good, strict=True)
+    parts = [[_alike(*one) for one in zip(*(x.split(sizes) for x in image), strict=True)] for image in images]
+    mean = torch.stack([torch.cat(image) for image in parts]) if parts else relevance
     low = mean.masked_fill(~good, math.inf).amin(1, keepdim=True)
     high = mean.masked_fill(~good, -math.inf).amax(1, keepdim=True)
     return torch.where(high - low > 1e-6, (mean - low) / (high - low).clamp(min=1e-6), 1.0)
 
 
 def _alike(rows: Tensor, relevance: Tensor, good: Tensor) -> Tensor:
-    """(N,): the mean relevance of the tokens of one image that are like each one."""
+    """(N,): the mean relevance of the tokens of one grid that are like each one."""
     parts = []
     for some in rows.split(max(1, MOST // len(rows))):  # so many similarities at a time, and not N x N
         weights = torch.softmax((some @ rows.mT / WARMTH).masked_fill(~good, -math.inf), 1)

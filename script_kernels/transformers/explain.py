@@ -48,8 +48,9 @@ def explain(model: PreTrainedModel, inputs: Mapping[str, Any], keep: int | None 
     """Prunes as `prune_inputs` does, with the same arguments, and tells what each stage made of every token.
 
     The stages are those of the methods "script" and "focus", whose shares by relevance and of typical tokens are
-    `taken` before GSP and QCSP. Other methods have a relevance, where the question has one, and what they keep. Without a query there is no relevance; where everything stays, no stage ran. On a GPU the stages are run
-    again, one by one, and between equal tokens may choose another than the fused call, whose answer `kept` is.
+    `taken` before GSP and QCSP. Other methods have a relevance, where the question has one, and what they keep. Without
+    a query there is no relevance; where everything stays, no stage ran. On a GPU the stages are run again, one by one,
+    and between equal tokens may choose another than the fused call, whose answer `kept` is.
 
     Args:
         model, inputs, keep, options: as for `prune_inputs`. A processor given as tokenizer also tells whether it cuts
@@ -117,7 +118,9 @@ def _explained(choice: Choice, device: torch.device, spent: dict[str, float]) ->
         lay("relevance", float("nan"), score)
     stages_of = {"script": script_stages, "focus": focus_stages}.get(str(budget.method))
     if stages_of is not None and keeps != lengths:
-        options = dict(budget.options) if budget.method == "script" else methods.options_of("focus") | budget.options
+        options = (
+            dict(budget.options) if budget.method == "script" else {**methods.options_of("focus"), **budget.options}
+        )
         options["negate"] = False  # done by the relevance
         parts = []
         for part, own, facts, keep in zip(

@@ -358,7 +358,8 @@ def prune_inputs(
         check_family(model, given | passed, mask, visuals, build)
 
     select_start = mark(device)
-    if query is not None and "grids" in methods.facts_of(budget.settled(True).method):
+    rule = methods.settled(budget.method, budget.options, budget.reduce, asked=query is not None)
+    if query is not None and "grids" in methods.facts_of(rule.method):
         for visual, grids in zip(visuals, grids_of(model, visuals, host, tokenizer), strict=True):
             visual.grids = grids
     prompts = [[v for v in visuals if v.prompt == prompt] for prompt in range(len(ids))]

@@ -209,10 +209,14 @@ def _by_method(
     assert budget.method is not None
     options = {name: value for name, value in budget.options.items() if name != "negate"}
     method = methods.get(budget.method)
-    alike = len(set(lengths)) == 1 and len(set(keeps)) == 1 and not any(facts)
-    if isinstance(budget.method, str) and alike:
+    alike = len(set(lengths)) == 1 and len(set(keeps)) == 1
+    if isinstance(budget.method, str) and alike and all(f.get("grids") == facts[0].get("grids") for f in facts):
         units = tokens.view(len(lengths), lengths[0], -1)
-        kept = method(units, None if score is None else score.view(units.shape[:2]), keeps[0], **options)
+        told = {
+            name: _joined([f[name] for f in facts]) if isinstance(value, Tensor) else value
+            for name, value in facts[0].items()
+        }
+        kept = method(units, None if score is None else score.view(units.shape[:2]), keeps[0], **options, **told)
         return (kept + torch.arange(0, len(tokens), lengths[0], device=tokens.device)[:, None]).flatten()
     scores = [None] * len(lengths) if score is None else [s[None] for s in score.split(lengths)]
     found, start = [], 0

@@ -72,6 +72,7 @@ class Watch:
         self.chosen: list[list[int] | None] = []
         self.places: list[list[list[int]]] = []  # (t, h, w) of the visual tokens of each step
         self.grids: list[list[int]] = []  # (t, h, w) of each encoded image, in patches
+        self.shapes: list[Any] = []  # of the grids in which the tokens lie of each image that was chosen from
         model, choose = runner(engine).model, models.choose
         embed, execute = model.embed_multimodal, runner(engine).execute_model
         scheduler = core(engine).scheduler
@@ -86,6 +87,7 @@ class Watch:
 
         def recorded(*arguments: Any) -> Any:
             chosen = choose(*arguments)
+            self.shapes += arguments[5]
             self.chosen += [own if own is None else own.tolist() for own in chosen]
             return chosen
 
@@ -114,7 +116,7 @@ class Watch:
 
     def clear(self) -> None:
         self.encoded = 0
-        self.steps, self.chosen, self.places, self.grids, self.preempted = [], [], [], [], []
+        self.steps, self.chosen, self.places, self.grids, self.preempted, self.shapes = [], [], [], [], [], []
 
     def seen(self) -> dict[str, Any]:
         """What happened since the last call, and what the encoder cache holds now."""
@@ -125,6 +127,7 @@ class Watch:
             "chosen": self.chosen,
             "places": self.places,
             "grids": self.grids,
+            "shapes": self.shapes,
             "identities": sorted(runner(self.engine).encoder_cache),
         }
         self.clear()
@@ -167,9 +170,11 @@ def reference(
 ) -> list[dict[str, Any]]:
     """The same from transformers; `pruning` of prune_inputs, or nothing for the whole prompt.
 
+    shapes: of the grids in which the tokens of each image lie, where the method asks for them.
     chat: prune_inputs gets the chat template, to find the user's words.
     """
     from script_kernels.transformers import prune_inputs
+    from script_kernels.transformers.select import watched
 
     model = tiny.make_model(family)[0]
     with torch.no_grad():
@@ -178,9 +183,12 @@ def reference(
     processor = transformers.AutoProcessor.from_pretrained(folder)
     answers = []
     for text, images in prompts:
+        shapes: list[Any] = []
         inputs = dict(processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False))
         if images and pruning:
-            inputs = prune_inputs(model, inputs, tokenizer=processor.tokenizer if chat else None, **pruning)
+            with watched() as choices:
+                inputs = prune_inputs(model, inputs, tokenizer=processor.tokenizer if chat else None, **pruning)
+            shapes = [facts.get("grids") for choice in choices for facts in choice.facts]
         length = inputs["input_ids"].shape[1]
         with torch.no_grad():
             out = model.generate(
@@ -189,5 +197,5 @@ def reference(
             )  # fmt: skip
         tokens = out.sequences[0, -TOKENS:].tolist()
         scores = [float(s[0].log_softmax(-1)[token]) for s, token in zip(out.scores, tokens, strict=True)]
-        answers.append({"length": length, "tokens": tokens, "scores": scores})
+        answers.append({"length": length, "tokens": tokens, "scores": scores, "shapes": shapes})
     return answers

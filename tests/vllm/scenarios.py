@@ -87,6 +87,9 @@ def pruned(family: str, folder: Path) -> dict[str, Any]:
             "want": engines.reference(folder, family, pair, keep_ratio=RATIO, chat=True, **own),
         }
 
+    told["focus"] = fresh(prompts, script_query="text")
+    told["want_focus"] = engines.reference(folder, family, prompts, keep_ratio=RATIO, query="text", chat=True)
+
     budget = {"keep_ratio": RATIO, "query": None}
     told["want"] = engines.reference(folder, family, prompts, **budget)
     told["wrong"] = engines.reference(folder, family, prompts, **budget, gsp_drop=0.49)

@@ -62,3 +62,13 @@ def test_the_answers_to_a_question_are_those_of_transformers(told: dict[str, Any
             assert distance(got, want) < CLOSE, name
         for run in (told[name]["together"]["answers"], [repeated["answers"][0], second["cached"][0]]):
             assert all(distance(got, want) < CLOSE for got, want in zip(run, answers, strict=True)), name
+
+
+def test_tokens_lie_in_the_grids_that_transformers_knows(told: dict[str, Any]) -> None:
+    want = [shapes for answer in told["want_focus"] for shapes in answer["shapes"]]
+    assert all(want)
+    assert len(want) == sum(map(len, SIZES))
+    assert sorted(told["focus"]["shapes"]) == sorted(want)
+    for got, wanted in zip(told["focus"]["answers"], told["want_focus"], strict=True):
+        assert got["length"] == wanted["length"]
+        assert distance(got, wanted) < CLOSE

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.judge import bank, evaluate, fifth, fourth, loss, report, second, train
+from bench.judge import bank, evaluate, fifth, fourth, loss, report, second, sixth, train
 from bench.judge.model import Judge
 from bench.judge.scenes import COLOUR_NAMES, GRID, KINDS, LETTERS, WORDS, Composer
 from script_kernels import methods
@@ -351,6 +351,70 @@ def test_the_fifth_round_s_settings_answer_as_recorded():
     given = evaluate.exam(0, "fifth", 6)
     names = list(recorded["settings"])
     some = fifth.candidates()[::2]
+    found = evaluate.evaluate(given, some, (64,), log=lambda line: None)
+    for right, setting in zip(found["right"][:, 0], some, strict=True):
+        before = recorded["right"][names.index(setting.name), 1, : len(given)]
+        assert (right == before).mean() > 0.9
+
+
+def right_of(run, setting, keep):
+    return run["right"][list(run["settings"]).index(setting.name), list(run["keeps"]).index(keep)]
+
+
+def not_below(runs, ours, other, keep):
+    """In no seed below the other setting beyond the joint interval."""
+    for run in runs.values():
+        level = 1 - 0.05 / len(run["settings"])
+        mean, half = report.difference(right_of(run, ours, keep), right_of(run, other, keep), run["image"], level)
+        if mean < -half:
+            return False
+    return True
+
+
+def test_the_default_is_what_the_sixth_round_s_rules_leave():
+    """Rules 19 to 23 of RULE.md from the raw answers."""
+    assert [evaluate.BANKS[split] for split in ("sixth", "test6", "test7")] == ["val", "test", "test"]
+    own = {split: g for split, g in evaluate.GENERATORS.items() if split not in ("second", "third")}  # val once more
+    assert len(set(own.values())) == len(own)
+    by_chance, ours_by_chance = sixth.wrong()[0], sixth.wrong()[2]
+    stands = {}
+    for split, opened in (("test6", sixth.opened()), ("test7", sixth.again())):
+        runs = report.read(split)
+        assert list(runs) == SEEDS
+        for run in runs.values():
+            assert list(run["settings"])[: len(opened)] == [s.name for s in opened]
+            assert list(run["keeps"]) == [128, 64, 32]
+            assert len(set(run["image"])) == 480
+            assert (right_of(run, sixth.FOCUS, 32) == right_of(run, second.DEFAULT, 32)).all()
+        stands[split] = (
+            not report.unbeaten(runs)[sixth.FOCUS.name]
+            and all(not_below(runs, sixth.FOCUS, second.DEFAULT, keep) for keep in (128, 32))
+            and all(not_below(runs, ours_by_chance, by_chance, keep) for keep in (128, 64, 32))
+        )
+        for run in runs.values():
+            for other in ("cdpruner (pair)", "divprune", "dpp", "random"):
+                theirs = run["right"][list(run["settings"]).index(other), 1]
+                assert right_of(run, sixth.FOCUS, 64).mean() > theirs.mean()
+    runs = report.read("test6")
+    kept = [right_of(run, sixth.FOCUS, 64).mean() / run["unpruned"].mean() for run in runs.values()]
+    assert stands["test6"]
+    assert min(kept) < 0.969  # rule 21 leaves the default, rule 23 asks another split
+    assert stands["test7"]
+    assert methods.settled(None, {}, None, asked=True) == (sixth.FOCUS.method, {}, sixth.FOCUS.reduce)
+    assert methods.settled("script", {}, None, asked=True)[1:] == (second.DEFAULT.options, second.DEFAULT.reduce)
+
+
+def test_calibration_without_answers_is_within_a_point_of_the_best_setting():
+    for run in report.read("test6").values():
+        assert str(run["settings"][-1]).startswith("calibrated")
+        fixed = [n for n, name in enumerate(run["settings"][:-1]) if "evidence" not in name]
+        assert run["right"][-1, 1].mean() > max(run["right"][n, 1].mean() for n in fixed) - 0.01
+
+
+def test_the_sixth_round_s_settings_answer_as_recorded():
+    recorded = dict(np.load(evaluate.RESULTS / "seed0-sixth.npz"))
+    given = evaluate.exam(0, "sixth", 6)
+    names, some = list(recorded["settings"]), [sixth.FOCUS, sixth.wrong()[2]]
     found = evaluate.evaluate(given, some, (64,), log=lambda line: None)
     for right, setting in zip(found["right"][:, 0], some, strict=True):
         before = recorded["right"][names.index(setting.name), 1, : len(given)]

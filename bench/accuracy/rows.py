@@ -28,7 +28,7 @@ SCORES = {
     "mmbench_en_dev_static": "gpt_eval_score",
     "scienceqa_img": "exact_match",
 }
-METHODS = ("script", "cdpruner", "divprune", "random")
+METHODS = ("focus", "script", "cdpruner", "divprune", "random")
 COLUMNS = (
     "row", "keep", "task", "metric", "score", "share", "samples", "tokens_before", "tokens_after", "device", "versions",
     "date", "void", "pruning",

@@ -1,7 +1,7 @@
 """A share of the budget where the question points, a few typical tokens, and the rest by `script`.
 
 Diversity keeps half of what a question is about, as the patches of a thing are each other's like. So a relevance is
-first averaged over what is like a token in its grid, and over its surroundings there, and as many of the best tokens are
+first averaged over what is like a token in its grid, and over its surroundings there, and as many of the best are
 taken as the question calls for; the typical ones tell what the rest of the image looks like. A relevance that tells
 few tokens from the many gets no share at all, so that one which means nothing does no harm. docs/judge.md has figures.
 

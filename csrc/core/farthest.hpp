@@ -64,6 +64,7 @@ class FarthestSearch {
 
   Farthest run() {
     start();
+    expected_ = expected_best();
     meet_lookalikes();
     bool more = meet_promising();
     for (int round = 1; round < kRounds && alike_ && more; ++round) more = meet_promising();
@@ -130,11 +131,14 @@ class FarthestSearch {
   void meet_lookalikes() {
     int32_t waiting[kPanel];
     int count = 0;
+    int64_t down = 0, all = 0;
     for (int64_t p = 0; p < problem_.positions; ++p) {
       const int32_t at = static_cast<int32_t>(p);
       if (is_token(p) && looked_[p] < 0.0f && may_win(at)) waiting[count++] = at;
       if (count < kPanel) continue;
-      alike_ = 4 * meet_lookalikes(waiting, count) >= kPanel;
+      down += meet_lookalikes(waiting, count);
+      all += count;
+      alike_ = 4 * down >= all;
       if (!alike_) return;
       count = 0;
     }
@@ -204,7 +208,7 @@ class FarthestSearch {
 
   // What the best will come to, as far as the bounds so far tell: were tokens' cosines drawn independently, that would
   // be where one token of n has nothing above it, and the bounds are what a part of the cosines left. A guess only:
-  // what it hides from meet_each_other still meets all if it may win.
+  // what it hides from meet_each_other still meets all if it may win. Lookalikes are not drawn: it is asked before.
   float expected_best() const {
     Scratch scratch;
     float* bounds = scratch.take<float>(problem_.positions);
@@ -220,7 +224,6 @@ class FarthestSearch {
 
   // Each product serves two tokens as long as both may win.
   void meet_each_other() {
-    expected_ = expected_best();
     for (int64_t p = 0; p < problem_.positions; ++p) {
       if (is_token(p) && is_live(static_cast<int32_t>(p))) live_.push(static_cast<int32_t>(p));
     }

@@ -70,6 +70,14 @@ def test_no_more_for_the_nearest_pick(program: pathlib.Path, n: int, width: int,
     assert 0 < max(multiply_adds, columns) <= bound(work, n) + n * n * width / 2
 
 
+def test_a_lookalike_is_worth_many_tokens(program: pathlib.Path) -> None:
+    """In clusters, max_min's first pick takes a small part of the triangle: tokens meet their like first."""
+    n, width, k = 2880, 128, 320
+    work = least_work.nearest_work(1, n, width, k, 4)
+    multiply_adds, _ = count(program, "max_min", n, width, k, 1, "clusters")
+    assert 0 < multiply_adds <= work.flops / 2 + n * n * width / 14
+
+
 def test_work_too_much_is_seen(program: pathlib.Path) -> None:
     """The work of 100 rounds is more than the bound of one."""
     one = least_work.gsp_work(1, 6000, 4, 3000, 1, 4)

@@ -1,16 +1,20 @@
 // The token farthest from its nearest neighbour, exactly: where max_min starts. Every token has a nearest neighbour
 // among N, but few have to be known: one neighbour that is near enough puts a token behind the best, for good.
 //
-// So the most promising tokens meet all others, for a best that is known. Then the tokens that are alive meet each
-// other only: blocks of columns, packed, that rows of other tokens pass by, each product serving both sides. Whatever
-// falls behind leaves, on either side, and tokens still alive take the places of columns that left. What outlives this
-// is promising enough to meet all others. What a cosine is does not depend on where it was computed, so that neither
-// the order nor the number of threads shows in the result.
+// So a few tokens meet all others, for a best that is known. Tokens that those few see alike are often near each other:
+// each meets the one that seems nearest, and where that tells how far a token is, there is little left to do but to let
+// the most promising meet all others. Where it does not, the tokens that are alive meet each other only: blocks of
+// columns, packed, that rows of other tokens pass by, each product serving both sides. Whatever falls behind leaves, on
+// either side, and tokens still alive take the places of columns that left. What outlives this is promising enough to
+// meet all others. A bound may come from anywhere, as long as it is one; the best is what panels tell, and what a
+// cosine is there does not depend on where it was computed, so that neither the order nor the number of threads shows
+// in the result.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 
 #include "greedy.hpp"
@@ -52,12 +56,19 @@ class FarthestSearch {
         factor_(factor),
         parallel_(parallel),
         bound_(scratch.take<float>(problem_.positions, -1.0f)),
+        looked_(scratch.take<float>(problem_.positions, -1.0f)),
         promising_(scratch.take<Candidate>(problem_.positions)),
-        live_(problem_.positions, scratch) {}
+        live_(problem_.positions, scratch) {
+    for (float*& cosines : seen_) cosines = scratch.take<float>(problem_.positions, kNoCosine);
+  }
 
   Farthest run() {
     start();
-    if (meet_promising()) {
+    expected_ = expected_best();
+    meet_lookalikes();
+    bool more = meet_promising();
+    for (int round = 1; round < kRounds && alike_ && more; ++round) more = meet_promising();
+    if (more) {
       meet_each_other();
       while (meet_promising()) continue;
     }
@@ -66,9 +77,11 @@ class FarthestSearch {
 
  private:
   static constexpr float kNoCosine = -2.0f;     // below any
-  static constexpr int kFirst = 6;              // rows of a register tile
+  static constexpr int kFirst = kCoordinates;   // rows of a register tile
+  static constexpr int kRounds = 8;             // of promising tokens, where lookalikes tell how far they are
+  static constexpr int64_t kWindow = 1024;      // positions that lookalikes are looked for among
   static constexpr int kRefill = kGroup;        // columns that leave before others take their places
-  static constexpr int64_t kRows = 4 * kPanel;  // rows that pass before columns leave, at least
+  static constexpr int64_t kRows = 2 * kPanel;  // rows that pass before columns leave, at least
 
   struct Block {
     int32_t position[kPanel];
@@ -90,15 +103,19 @@ class FarthestSearch {
 
   bool is_token(int64_t p) const { return problem_.tier[p] == 0; }
 
-  // A few tokens, spread over those that start far, meet all others.
+  // A few tokens that start far meet all others; of as many as start as far, some that are spread over them.
   void start() {
-    float largest = 0.0f;
+    float largest[kFirst];  // a heap, the least of them on top
+    std::fill_n(largest, kFirst, 0.0f);
     for (int64_t p = 0; p < problem_.positions; ++p) {
       if (!is_token(p)) continue;
       bound_[p] = factor_.offset[p] + factor_.slope[p];  // alone, a token is as far from the others as can be
-      largest = std::max(largest, bound_[p]);
+      if (bound_[p] <= largest[0]) continue;
+      std::pop_heap(largest, largest + kFirst, std::greater<>());
+      largest[kFirst - 1] = bound_[p];
+      std::push_heap(largest, largest + kFirst, std::greater<>());
     }
-    const auto starts_far = [&](int64_t p) { return is_token(p) && bound_[p] >= 0.75f * largest; };
+    const auto starts_far = [&](int64_t p) { return is_token(p) && bound_[p] >= largest[0]; };
     int64_t far = 0, seen = 0;
     for (int64_t p = 0; p < problem_.positions; ++p) far += starts_far(p);
     const int64_t stride = std::max<int64_t>(1, far / kFirst);
@@ -106,20 +123,83 @@ class FarthestSearch {
     for (int64_t p = 0; p < problem_.positions && block.size < kFirst; ++p) {
       if (starts_far(p) && seen++ % stride == 0) add(block, static_cast<int32_t>(p), bound_[p], 0);
     }
-    meet_all(block);
+    meet_all(block, seen_);
   }
 
-  // A few tiles of the largest bounds meet all others, more of them where there are more tokens to leave behind; false
-  // if there is nothing left that may win.
+  // Each token meets the one that the first few see most like it, unless another's lookalike it has been: as long as
+  // bounds come down by that.
+  void meet_lookalikes() {
+    int32_t waiting[kPanel];
+    int count = 0;
+    int64_t down = 0, all = 0;
+    for (int64_t p = 0; p < problem_.positions; ++p) {
+      const int32_t at = static_cast<int32_t>(p);
+      if (is_token(p) && looked_[p] < 0.0f && may_win(at)) waiting[count++] = at;
+      if (count < kPanel) continue;
+      down += meet_lookalikes(waiting, count);
+      all += count;
+      alike_ = 4 * down >= all;
+      if (!alike_) return;
+      count = 0;
+    }
+    if (alike_) meet_lookalikes(waiting, count);
+  }
+
+  // Up to kPanel tokens meet each a lookalike, the next of them. Returns how many bounds came down by a quarter.
+  int meet_lookalikes(const int32_t* tokens, int count) {
+    const int64_t positions = problem_.positions, window = std::min(kWindow, positions);
+    int32_t others[kPanel];
+    alignas(64) float cosines[kPanel] = {};
+    parallel_(count, window * kFirst + 8 * source_.row_work(), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const int32_t at = tokens[c];
+        const int64_t from = std::min(at / kWindow * kWindow, positions - window);
+        const float* seen[kFirst];
+        for (int a = 0; a < kFirst; ++a) seen[a] = seen_[a] + from;
+        const Closest closest = simd().closest(seen, window, at - from, looked_[at]);
+        looked_[at] = closest.distance;
+        others[c] = static_cast<int32_t>(from + closest.point);
+        const bool another = others[c] != at && is_token(others[c]);
+        cosines[c] = another ? source_.entry_at_least(at, others[c]) : kNoCosine;
+      }
+    });
+    Block left, right;
+    for (int c = 0; c < count; ++c) {
+      add(left, tokens[c], bound_[tokens[c]], 0);
+      add(right, others[c], bound_[others[c]], 0);
+    }
+    lower(left, cosines, left.residual);
+    lower(right, cosines, right.residual);
+    int down = 0;
+    for (int c = 0; c < count; ++c) {
+      down += left.residual[c] < 0.75f * bound_[tokens[c]];
+      bound_[tokens[c]] = std::min(bound_[tokens[c]], left.residual[c]);
+      bound_[others[c]] = std::min(bound_[others[c]], right.residual[c]);
+      looked_[others[c]] = std::max(looked_[others[c]], 0.0f);
+    }
+    return down;
+  }
+
+  // A few tokens of the largest bounds meet all others, a register tile or two, and more where there are more tokens to
+  // leave behind; before, where it pays, they and those that come next meet a lookalike. False if there is nothing left
+  // that may win.
   bool meet_promising() {
     int64_t alive = 0;
     for (int64_t p = 0; p < problem_.positions; ++p) {
       const int32_t at = static_cast<int32_t>(p);
       if (is_token(p) && may_win(at)) promising_[alive++] = {bound_[p], problem_.ids[p], at};
     }
-    const int64_t most = kFirst * (2 + problem_.positions / kPanel / 16);
-    const int64_t size = std::min({alive, most, int64_t{kPanel}});
+    const int64_t most = kFirst * ((alike_ ? 1 : 2) + problem_.positions / kPanel / 16);
+    int64_t size = std::min(alive, int64_t{kPanel});
     std::partial_sort(promising_, promising_ + size, promising_ + alive);
+    if (alike_) {
+      int32_t tokens[kPanel];
+      for (int64_t a = 0; a < size; ++a) tokens[a] = promising_[a].position;
+      meet_lookalikes(tokens, static_cast<int>(size));
+      for (int64_t a = 0; a < size; ++a) promising_[a].residual = bound_[tokens[a]];
+      std::sort(promising_, promising_ + size);
+    }
+    size = std::min(size, most);
     Block block;
     for (int64_t a = 0; a < size; ++a) add(block, promising_[a].position, promising_[a].residual, 0);
     meet_all(block);
@@ -128,7 +208,7 @@ class FarthestSearch {
 
   // What the best will come to, as far as the bounds so far tell: were tokens' cosines drawn independently, that would
   // be where one token of n has nothing above it, and the bounds are what a part of the cosines left. A guess only:
-  // what it hides from meet_each_other still meets all if it may win.
+  // what it hides from meet_each_other still meets all if it may win. Lookalikes are not drawn: it is asked before.
   float expected_best() const {
     Scratch scratch;
     float* bounds = scratch.take<float>(problem_.positions);
@@ -144,7 +224,6 @@ class FarthestSearch {
 
   // Each product serves two tokens as long as both may win.
   void meet_each_other() {
-    expected_ = expected_best();
     for (int64_t p = 0; p < problem_.positions; ++p) {
       if (is_token(p) && is_live(static_cast<int32_t>(p))) live_.push(static_cast<int32_t>(p));
     }
@@ -180,7 +259,8 @@ class FarthestSearch {
     if (block.size == 0) return 0;
     Scratch scratch;
     const TokenSource::Pool pool(source_, block.position, block.size, scratch);
-    meet(pool, block, block.position + before, block.size - before, before);
+    // Half of what the new columns see of each other serves one side only: where others pass by, that is left.
+    if (live_.size() < kPanel) meet(pool, block, block.position + before, block.size - before, before);
     for (int c = before; c < block.size; ++c) {
       block.residual[c] = std::min(block.residual[c], bound_[block.position[c]]);
     }
@@ -213,10 +293,10 @@ class FarthestSearch {
   }
 
   // The block's members as rows, with all tokens as columns; a member leaves where it falls behind.
-  void meet_all(Block& block) {
+  void meet_all(Block& block, float* const* keep = nullptr) {
     const int64_t panels = problem_.positions / kPanel, step = std::max<int64_t>(2, panels / 16);
     for (int64_t p = 0; p < panels && block.size > 0; p += step) {
-      meet_panels(block, p, std::min(p + step, panels));
+      meet_panels(block, p, std::min(p + step, panels), keep);
       Block left;
       for (int c = 0; c < block.size; ++c) {
         const int32_t at = block.position[c];
@@ -228,7 +308,8 @@ class FarthestSearch {
     for (int c = 0; c < block.size; ++c) settle(block.position[c]);
   }
 
-  void meet_panels(Block& block, int64_t first, int64_t last) {
+  // What row a sees goes to keep[a] too, by position, unless that is null.
+  void meet_panels(Block& block, int64_t first, int64_t last, float* const* keep) {
     Scratch scratch;
     TokenSource::Rows rows(kPanel, scratch);
     rows.append(source_, block.position, block.size, scratch);
@@ -248,6 +329,7 @@ class FarthestSearch {
             if (problem_.tier[p * kPanel + c] != 0) x[c] = kNoCosine;
           }
           tops[(p - first) * kPanel + a] = x[simd().argmax(x, kPanel)];
+          if (keep != nullptr) std::copy_n(x, kPanel, keep[a] + p * kPanel);
         }
         const int64_t at = p * kPanel;
         simd().lower(row, block.size, factor_.offset + at, factor_.slope + at, bound_ + at);
@@ -309,7 +391,10 @@ class FarthestSearch {
   const GreedyProblem& problem_;
   const Nearest& factor_;
   const Parallel& parallel_;
-  float* bound_;  // per position: no residual is larger
+  float* bound_;         // per position: no residual is larger
+  float* looked_;        // per position: how far away lookalikes have been met; -1 before
+  float* seen_[kFirst];  // by position: the cosines of the first tokens that met all
+  bool alike_ = false;   // whether it pays to meet lookalikes
   Candidate* promising_;
   Ring live_;  // but for the columns at hand
   float expected_ = 0.0f;

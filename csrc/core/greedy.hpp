@@ -48,6 +48,11 @@ struct GreedyProblem {
   int32_t first = -1;               // the position of a pick that the caller makes before all others, or -1
 };
 
+// The numbers of picks from which on, and up to which, a choice may stop.
+struct Pause {
+  int64_t from = 0, until = 0;
+};
+
 namespace detail {
 
 struct Candidate {
@@ -141,15 +146,15 @@ class Panels {
     }
   }
 
-  // Whether waiting saves little, and could save more: hardly a panel waits, and no residual is far behind. (A cluster
-  // of tokens that is far behind comes back, all of it, when every cluster has its pick.)
+  // Whether waiting saves little, and could save more: hardly a panel waits, and few residuals are far behind. (A
+  // cluster of tokens that is far behind comes back, all of it, when every cluster has its pick.)
   bool could_wait(int64_t pivots) const {
     const auto knows = [&](int64_t applied) { return applied >= pivots; };
     if (8 * std::count_if(factor_.applied, factor_.applied + count_, knows) < 7 * count_) return false;
     const float best = *std::max_element(bound_, bound_ + count_);
     const float* residual = factor_.residual;
     const auto behind = [&](float left) { return left >= 0.0f && left < 0.5f * best; };
-    return 8 * std::count_if(residual, residual + problem_.positions, behind) < problem_.positions;
+    return 2 * std::count_if(residual, residual + problem_.positions, behind) < problem_.positions;
   }
 
   // Makes all residuals exact.
@@ -302,11 +307,11 @@ class Pool {
 }  // namespace detail
 
 // Writes k picks (no more than there are tokens) in greedy order and the residual of each at its pick (0 past the
-// rank). Returns k, or fewer: from `pause` picks on, where panels could wait if tokens changed places, it stops with
-// all residuals exact.
+// rank). Returns k, or fewer: in `pause`, where panels could wait if tokens changed places, it stops with all residuals
+// exact.
 template <typename Source, typename Factor>
 int64_t greedy_map(const Source& source, const GreedyProblem& problem, Factor& factor, int64_t k, const Picks& picks,
-                   const Parallel& parallel, int64_t pause = std::numeric_limits<int64_t>::max()) {
+                   const Parallel& parallel, const Pause& pause = {}) {
   Scratch scratch;
   detail::Panels<Source, Factor> panels(source, problem, factor, k, scratch, parallel);
   float* residual = factor.residual;
@@ -347,7 +352,8 @@ int64_t greedy_map(const Source& source, const GreedyProblem& problem, Factor& f
         std::copy_n(pool.taken(), count, taken);
       }
       panels.append(taken, count, scratch);  // outside the pool's scope: what it takes from `scratch` stays
-      if (pause <= picked && picked < k && panels.could_wait(std::max(picked / 2, panels.pivots() - count))) {
+      if (pause.from <= picked && picked < pause.until &&
+          panels.could_wait(std::max(picked / 2, panels.pivots() - count))) {
         panels.bring_all_up_to_date();
         return picked;
       }

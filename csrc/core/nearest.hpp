@@ -82,7 +82,7 @@ struct NearestRule {
 // has to move with it.
 template <typename First>
 void nearest_picks(const Image& image, const NearestRule& rule, int64_t k, const Picks& picks, const First& first) {
-  constexpr int64_t kLeast = 48;  // picks that are worth a second packing
+  constexpr int64_t kLeast = 48;  // picks to come that are worth a second packing
   Scratch scratch;
   const int64_t n = image.tokens.count;
   const float* ones = scratch.take<float>(n, 1.0f);
@@ -95,7 +95,7 @@ void nearest_picks(const Image& image, const NearestRule& rule, int64_t k, const
     GreedyProblem problem = placed.problem();
     problem.first = first(placed, factor);
     problem.diagonal = leg.take<float>(problem.positions, Nearest::kUnset);
-    const int64_t pause = k < kLeast ? k : k * 3 / 10;
+    const Pause pause{k * 3 / 10, k - kLeast};
     picked = greedy_map(placed.source(), problem, factor, k, picks, image.parallel, pause);
     for (int64_t p = 0; p < problem.positions && picked < k; ++p) {
       if (problem.ids[p] != kHole) residual[problem.ids[p]] = factor.residual[p];

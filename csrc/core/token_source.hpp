@@ -38,6 +38,19 @@ class TokenSource {
 
   int64_t row_work() const { return tokens_.width(); }
 
+  // No more than the entry of two positions; where rows are long, less by some 1e-5 of the most that it could be. It
+  // takes their product alone, not a panel's.
+  float entry_at_least(int32_t p, int32_t q) const {
+    Scratch scratch;
+    const int32_t positions[] = {p, q};
+    const float* rows[2];
+    tokens_.rows(positions, 2, scratch.take<float>(tokens_.row_buffer_size(2)), rows);
+    const PivotWeights x = weights_.pivot(p), y = weights_.pivot(q);
+    // Roundings of a register tile, in chunks of up to 256 steps, and of the dot product, and a few of what follows.
+    const float roundings = 512.0f + static_cast<float>(tokens_.width()) / 4.0f;
+    return tokens_.dot(rows[0], rows[1]) * (x.weight * y.weight) - roundings * 0x1p-24f * x.relevance * y.relevance;
+  }
+
   // The rows of up to k pivots.
   class Rows {
    public:

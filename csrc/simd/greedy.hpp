@@ -135,6 +135,25 @@ float lower(const float* const* entries, int m, const float* offset, const float
   return largest_lane(top)[0];
 }
 
+Closest closest(const float* const* x, int64_t n, int64_t own, float beyond) {
+  Vec least = splat(__FLT_MAX__);
+  Int at = Int{} + static_cast<int32_t>(own);
+  for (int64_t i = 0; i < n; i += kFloats) {
+    Vec distance = {};
+    SCRIPT_UNROLL(8)
+    for (int a = 0; a < kCoordinates; ++a) {
+      const Vec apart = load<Vec>(x[a] + i) - splat(x[a][own]);
+      distance = multiply_add(distance, apart, apart);
+    }
+    const Int point = lane_numbers() + static_cast<int32_t>(i);
+    const Int closer = (distance < least) & (distance > beyond) & (point != static_cast<int32_t>(own));
+    least = closer ? distance : least;
+    at = closer ? point : at;
+  }
+  const Vec first = fold_lanes<kFloats / 2>(least, [](Vec a, Vec b) { return a < b ? a : b; });
+  return {lowest_lane(least == first ? at : Int{} + INT32_MAX)[0], first[0]};
+}
+
 int64_t argmax(const float* x, int64_t n) {
   Vec top = load<Vec>(x);
   for (int64_t i = kFloats; i < n; i += kFloats) top = max(load<Vec>(x + i), top);

@@ -47,8 +47,10 @@ constexpr SimdOps make_ops() {
   ops.pack_squares = pack_squares;
   ops.transpose = transpose_rows;
   ops.gemm = gemm;
+  ops.dot = dot;
 #if defined(SCRIPT_SIMD_BF16)
   ops.gemm_bf16 = gemm_bf16;
+  ops.dot_bf16 = dot_bf16;
   ops.pack_squares_bf16 = pack_squares_bf16;
 #endif
   ops.weigh_products = weigh_products;
@@ -56,6 +58,7 @@ constexpr SimdOps make_ops() {
   ops.project = project;
   ops.extend = extend;
   ops.lower = lower;
+  ops.closest = closest;
   ops.argmax = argmax;
   ops.take = take;
   return ops;

@@ -248,6 +248,40 @@ void gemm_bf16(const uint16_t* const* a, int rows, const uint16_t* panel, int gr
 
 #endif
 
+// In as many sums as the order leaves room for.
+template <typename Add>
+inline float dot_of_words(const float* x, const float* y, int64_t n, Add add) {
+  constexpr int kSums = 4;
+  Vec sum[kSums] = {};
+  int64_t d = 0;
+  for (; d + kSums * kFloats <= n; d += kSums * kFloats) {
+    SCRIPT_UNROLL(4)
+    for (int s = 0; s < kSums; ++s) {
+      sum[s] = add(sum[s], load<Vec>(x + d + s * kFloats), load<Vec>(y + d + s * kFloats));
+    }
+  }
+  for (; d < n; d += kFloats) {
+    const int64_t left = n - d < kFloats ? n - d : kFloats;
+    float a[kFloats] = {}, b[kFloats] = {};
+    __builtin_memcpy(a, x + d, static_cast<uint64_t>(left) * 4);
+    __builtin_memcpy(b, y + d, static_cast<uint64_t>(left) * 4);
+    sum[0] = add(sum[0], load<Vec>(a), load<Vec>(b));
+  }
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+float dot(const float* x, const float* y, int64_t n) {
+  return dot_of_words(x, y, n, [](Vec sum, Vec a, Vec b) { return multiply_add(sum, a, b); });
+}
+
+#if defined(SCRIPT_SIMD_BF16)
+
+float dot_bf16(const float* x, const float* y, int64_t n) {
+  return dot_of_words(x, y, n, [](Vec sum, Vec a, Vec b) { return add_pairs(sum, load<Int>(&a), load<Int>(&b)); });
+}
+
+#endif
+
 void weigh_products(const float* raw, const PivotWeights& pivot, const ColumnWeights& columns, int count, float* out) {
   for (int c = 0; c < count; c += kFloats) {
     const Vec x = load<Vec>(raw + c);

@@ -13,8 +13,9 @@
 
 namespace script::cpu {
 
-inline constexpr int kPanel = 64;  // columns of a panel
-inline constexpr int kGroup = 16;  // columns a kernel may skip at once at the end of the last panel
+inline constexpr int kPanel = 64;       // columns of a panel
+inline constexpr int kCoordinates = 6;  // of a point that `closest` looks at
+inline constexpr int kGroup = 16;       // columns a kernel may skip at once at the end of the last panel
 
 struct RowStats {
   uint32_t amax_bits;  // largest |x| as float bits; >= 0x7f800000 when the row holds NaN or Inf
@@ -48,6 +49,11 @@ struct Taken {
   float left;  // the largest residual after it
 };
 
+struct Closest {
+  int64_t point;
+  float distance;  // squared
+};
+
 struct SimdOps {
   const char* name;
   int64_t thread_work;  // multiply-adds that are worth a thread: 20 to 60 us of one core
@@ -71,6 +77,11 @@ struct SimdOps {
   // The same on bf16 rows of even length and panels of pairs, with fp32 sums: `pack` on pairs as 32-bit words makes
   // them. Null where the CPU has no bf16 dot product.
   void (*gemm_bf16)(const uint16_t* const* a, int rows, const uint16_t* panel, int groups, int64_t depth, float* c);
+
+  // x . y of n values, or of n pairs of bf16, summed in any order: off by no more than n / 8 + 64 roundings would take
+  // it, each of 2^-24 of the product of their norms.
+  float (*dot)(const float* x, const float* y, int64_t n);
+  float (*dot_bf16)(const float* x, const float* y, int64_t n);
 
   // Kernel entries of one pivot with the columns c < count, a multiple of kGroup, from the raw products; 0 up to
   // kPanel. raw[c] * (pivot.weight * weight[c]); where raw[c] is the square of either side, the rows are equal as far
@@ -96,6 +107,9 @@ struct SimdOps {
   // Lowers each residual of a panel to offset - slope * the largest of the m > 0 entries of its column, and that to 0
   // at least; a column with a negative one (taken) keeps it. entries[a][kPanel], as of `extend`. Returns the largest.
   float (*lower)(const float* const* entries, int m, const float* offset, const float* slope, float* residual);
+  // Of the points c < n with coordinates x[a][c], the one closest to point `own` of those farther than `beyond` (a
+  // squared distance), of equals the lowest; `own` itself if there is none. n is a multiple of kGroup.
+  Closest (*closest)(const float* const* x, int64_t n, int64_t own, float beyond);
   // Lowest index of the largest of n > 0 values, none of them NaN; n is a multiple of kGroup.
   int64_t (*argmax)(const float* x, int64_t n);
   // Takes the largest residual of a panel, of equals the one of lowest id; it then stands at -1. ids are distinct

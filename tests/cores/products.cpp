@@ -1,6 +1,7 @@
 // What the greedy choice builds on, for the SIMD level in use: a product has the same bits whichever row, column and
 // tile it stands in, it is one chain of multiply-adds, and the square that packing takes of a row is its product with
-// itself; a Cholesky row has the same bits however many are made at a time. Prints how often each does not hold.
+// itself; a Cholesky row has the same bits however many are made at a time; a product on its own is as near as it says,
+// and the closest of points is the one that a loop finds. Prints how often each does not hold.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -98,14 +99,77 @@ void cholesky(long& position, long& pieces) {
   }
 }
 
+// A product on its own, of bf16 values where the level multiplies pairs of them too.
+long near() {
+  const int64_t depth = 1 + below(1500);
+  std::vector<float> x = normals(depth), y = normals(depth);
+  std::vector<uint16_t> a(static_cast<size_t>(depth + depth % 2)), b = a;
+  double exact = 0.0, left = 0.0, right = 0.0;
+  for (size_t d = 0; d < x.size(); ++d) {
+    const auto cut = [](float& value, uint16_t& half) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      half = static_cast<uint16_t>(bits >> 16);
+      bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, sizeof bits);
+    };
+    cut(x[d], a[d]);
+    cut(y[d], b[d]);
+    exact += static_cast<double>(x[d]) * y[d];
+    left += static_cast<double>(x[d]) * x[d];
+    right += static_cast<double>(y[d]) * y[d];
+  }
+  const double most = (static_cast<double>(depth) / 8 + 64) * 0x1p-24 * std::sqrt(left * right);
+  const auto off = [&](float found) { return !(std::fabs(found - exact) <= most); };
+  long failures = off(simd().dot(x.data(), y.data(), depth));
+  if (simd().dot_bf16 != nullptr) {
+    const std::vector<uint16_t>* pairs[] = {&a, &b};
+    std::vector<float> words[2];
+    for (const int side : {0, 1}) {
+      words[side].resize(a.size() / 2);
+      std::memcpy(words[side].data(), pairs[side]->data(), a.size() * sizeof a[0]);
+    }
+    failures += off(simd().dot_bf16(words[0].data(), words[1].data(), static_cast<int64_t>(words[0].size())));
+  }
+  return failures;
+}
+
+// Points on a grid, so that distances are exact, and often the same.
+long closest() {
+  const int64_t n = kGroup * (1 + below(20)), own = below(n);
+  std::vector<std::vector<float>> x(kCoordinates, std::vector<float>(static_cast<size_t>(n)));
+  const float* rows[kCoordinates];
+  for (size_t a = 0; a < x.size(); ++a) {
+    for (float& value : x[a]) value = static_cast<float>(below(4));
+    rows[a] = x[a].data();
+  }
+  long failures = 0;
+  for (float beyond = -1.0f; beyond < 60.0f;) {
+    Closest wanted{own, 0.0f};
+    for (int64_t c = 0; c < n; ++c) {
+      float distance = 0.0f;
+      for (const float* row : rows) distance += (row[c] - row[own]) * (row[c] - row[own]);
+      if (c == own || distance <= beyond || (wanted.point != own && distance >= wanted.distance)) continue;
+      wanted = {c, distance};
+    }
+    const Closest found = simd().closest(rows, n, own, beyond);
+    failures += found.point != wanted.point || (found.point != own && found.distance != wanted.distance);
+    beyond = wanted.point == own ? 60.0f : wanted.distance;
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
-  long position = 0, chain = 0, square = 0, pieces = 0;
+  long position = 0, chain = 0, square = 0, pieces = 0, alone = 0, point = 0;
   for (int i = 0; i < 200; ++i) {
     products(position, chain, square);
     cholesky(position, pieces);
+    alone += near();
+    point += closest();
   }
-  std::printf("%s: position %ld, chain %ld, square %ld, pieces %ld\n", simd().name, position, chain, square, pieces);
-  return position + chain + square + pieces != 0;
+  std::printf("%s: position %ld, chain %ld, square %ld, pieces %ld, alone %ld, point %ld\n", simd().name, position,
+              chain, square, pieces, alone, point);
+  return position + chain + square + pieces + alone + point != 0;
 }

@@ -1,8 +1,8 @@
 // How much work an op does, counted in the inner loops: count OP N WIDTH K ROUNDS KIND prints multiply-adds and the
 // columns that other loops pass over. KIND is what the tokens are: spread, alike (equal rows), near (rows that differ
-// by rounding errors), apart (one entry each, WIDTH of them all, so orthogonal or equal), or pairs (spread, and every
-// token once more, with a little noise, as far away as can be). WIDTH is ignored by dpp_map, whose kernel is a function
-// of the distance j - i.
+// by rounding errors), apart (one entry each, WIDTH of them all, so orthogonal or equal), pairs (spread, and every
+// token once more, with a little noise, as far away as can be), or clusters (of 12, that noise sets apart). WIDTH is
+// ignored by dpp_map, whose kernel is a function of the distance j - i.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -27,8 +27,14 @@ std::vector<float> tokens_of(const std::string& kind, int64_t n, int64_t width) 
     const float any = static_cast<float>(random.next() % 4096) / 2048.0f - 1.0f;
     const float common = std::cos(static_cast<float>(i % width));
     float& x = out[static_cast<size_t>(i)];
-    x = kind == "spread" || kind == "pairs" ? any : kind == "alike" ? common : common * (1.0f + 1e-7f * any);
+    x = kind == "spread" || kind == "pairs" || kind == "clusters" ? any
+        : kind == "alike"                                         ? common
+                                                                  : common * (1.0f + 1e-7f * any);
     if (kind == "apart") x = i % width == i / width % width ? 1.0f : 0.0f;
+  }
+  for (int64_t i = n / 12 * width; i < n * width && kind == "clusters"; ++i) {
+    float& x = out[static_cast<size_t>(i)];
+    x = out[static_cast<size_t>(i % (n / 12 * width))] + 0.3f * x;
   }
   for (int64_t i = 0; i < n / 2 * width && kind == "pairs"; ++i) {
     float& other = out[static_cast<size_t>((n - 1 - i / width) * width + i % width)];

@@ -63,6 +63,10 @@ SimdOps with_counts(const SimdOps& ops) {
       counted.gemm_bf16(a, rows, panel, groups, depth, c);
     };
   }
+  out.dot = [](const float* x, const float* y, int64_t n) {
+    add(n);
+    return counted.dot(x, y, n);
+  };
   out.weigh_products = [](const float* raw, const PivotWeights& pivot, const ColumnWeights& weights, int count,
                           float* entries) {
     pass(kPanel);
@@ -81,6 +85,10 @@ SimdOps with_counts(const SimdOps& ops) {
                   int64_t done, float* rows, float* residual) {
     add(m * (done + m) * kPanel);
     return counted.extend(entries, m, factor, inverse_diagonal, done, rows, residual);
+  };
+  out.closest = [](const float* const* x, int64_t n, int64_t own, float beyond) {
+    pass(kCoordinates * n);
+    return counted.closest(x, n, own, beyond);
   };
   out.argmax = [](const float* x, int64_t n) {
     pass(n);

@@ -190,7 +190,7 @@ class Exam:
             if "beside" in options:  # a second relevance, named by its reduction
                 second = dataclasses.replace(setting, reduce=options["beside"])
                 options["beside"] = self.relevance(second, at)
-            if methods.facts_of(setting.method) and relevance is not None:  # as the integrations tell them
+            if methods.facts_of(rule_of(setting)) and relevance is not None:  # as the integrations tell them
                 above = self.relevance(dataclasses.replace(setting, reduce="above"), at)
                 options |= {"above": above, "grids": [(GRID, GRID)]}
             parts.append(methods.select(tokens, relevance, keep, method=rule_of(setting), **options))

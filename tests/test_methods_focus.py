@@ -61,7 +61,18 @@ def by_hand(tokens, relevance, keep, *, grids, least, most, typical, near=2, abo
 KNOBS = {"least": 0.5, "most": 0.625, "typical": 0.125}
 
 
-@pytest.mark.parametrize("grids", [[(WIDTH, WIDTH)], [(16, 9)], [(1, 144)], [(6, 8), (12, 8)], [(1, 1), (11, 13)]])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        [(WIDTH, WIDTH)],
+        [(16, 9)],
+        [(1, 144)],
+        [(6, 8), (12, 8)],
+        [(1, 1), (11, 13)],
+        [(4, 6)] * 6,
+        [(3, 8), (6, 4), (6, 4), (9, 8)],
+    ],
+)
 @pytest.mark.parametrize("keep", [144, 72, 32, 16, 12, 9])
 def test_focus_is_what_it_says(keep, grids):
     shared = 0
@@ -111,9 +122,12 @@ def test_a_relevance_that_points_nowhere_gets_no_share():
 
 def test_what_it_looks_at_of_a_few_similarities_at_a_time(monkeypatch):
     tokens, relevance = example("powerlaw", 3)
-    whole = methods.select(tokens, relevance, 40, method="focus", grids=SQUARE)
-    monkeypatch.setattr(focus_module, "MOST", 7 * N)
-    assert torch.equal(methods.select(tokens, relevance, 40, method="focus", grids=SQUARE), whole)
+    for grids in (SQUARE, [(6, 6)] * 4, [(4, 9), (9, 4), (9, 4), (6, 6)]):
+        monkeypatch.setattr(focus_module, "MOST", 2**24)
+        whole = methods.select(tokens, relevance, 40, method="focus", grids=grids)
+        for most in (7 * N, 36 * 36 * 2, 36 * 5, 1):
+            monkeypatch.setattr(focus_module, "MOST", most)
+            assert torch.equal(methods.select(tokens, relevance, 40, method="focus", grids=grids), whole)
 
 
 def test_an_image_alone_is_chosen_as_in_a_batch():

@@ -8,8 +8,9 @@ few tokens from the many gets no share at all, so that one which means nothing d
 All images at once, in shapes that depend on no value: nothing here waits for a GPU.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -157,31 +158,43 @@ def spread(rows: Tensor, relevance: Tensor, good: Tensor, grids: Grids) -> Tenso
 
     rows: of norm 1. Work and memory grow with the grids of an image or a video, and not with their square.
     """
-    sizes = [height * width for height, width in grids]
     # Image by image, as products of several at once may round in another order.
     images = zip(rows, relevance, good, strict=True)
-    parts = [[_alike(*one) for one in zip(*(x.split(sizes) for x in image), strict=True)] for image in images]
-    mean = torch.stack([torch.cat(image) for image in parts]) if parts else relevance
+    parts = [torch.cat([_alike(*run) for _, *run in _runs(grids, *image)]) for image in images]
+    mean = torch.stack(parts) if parts else relevance
     low = mean.masked_fill(~good, math.inf).amin(1, keepdim=True)
     high = mean.masked_fill(~good, -math.inf).amax(1, keepdim=True)
     return torch.where(high - low > 1e-6, (mean - low) / (high - low).clamp(min=1e-6), 1.0)
 
 
+def _runs(grids: Grids, *values: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Shape, and (G, n, ...) of each of the values (N, ...), for each run of G grids of one shape, of n tokens."""
+    start = 0
+    for shape, run in itertools.groupby(map(tuple, grids)):
+        count, n = len(list(run)), math.prod(shape)
+        yield shape, *(x[start : start + count * n].unflatten(0, (count, n)) for x in values)
+        start += count * n
+
+
 def _alike(rows: Tensor, relevance: Tensor, good: Tensor) -> Tensor:
-    """(N,): the mean relevance of the tokens of one grid that are like each one."""
+    """(G n,): the mean relevance (G, n) of the tokens of each grid that are like each one."""
+    n = rows.shape[1]
     parts = []
-    for some in rows.split(max(1, MOST // len(rows))):  # so many similarities at a time, and not N x N
-        weights = torch.softmax((some @ rows.mT / WARMTH).masked_fill(~good, -math.inf), 1)
-        parts.append(torch.nan_to_num(weights) @ relevance)
+    for grid, own, usable in zip(*(x.split(max(1, MOST // n**2)) for x in (rows, relevance, good)), strict=True):
+        means = []
+        for some in grid.split(max(1, MOST // (len(grid) * n)), 1):  # so many similarities at a time
+            weights = torch.softmax((some @ grid.mT / WARMTH).masked_fill(~usable[:, None], -math.inf), 2)
+            means.append((torch.nan_to_num(weights) @ own[..., None])[..., 0])
+        parts.append(torch.cat(means, 1).flatten())
     return torch.cat(parts)
 
 
 def surroundings(score: Tensor, grids: Grids, near: int) -> Tensor:
     """The mean of a score (B, N) over the square of 2 near + 1 tokens a side, as far as it lies in its grid."""
     parts = []
-    for part, shape in zip(score.split([rows * columns for rows, columns in grids], 1), grids, strict=True):
+    for shape, part in _runs(grids, score.T):
         side = [2 * min(near, size - 1) + 1 for size in shape]  # a wider square is no other one
         padding = [size // 2 for size in side]
-        grid = part.reshape(-1, 1, *shape)
-        parts.append(F.avg_pool2d(grid, side, stride=1, padding=padding, count_include_pad=False).flatten(1))
+        images = part.movedim(2, 0).unflatten(2, shape)  # (B, G, rows, columns)
+        parts.append(F.avg_pool2d(images, side, stride=1, padding=padding, count_include_pad=False).flatten(1))
     return torch.cat(parts, 1)

@@ -10,6 +10,8 @@ from script_kernels import methods
 from script_kernels.calibrate import Calibration, Candidate, Row
 from script_kernels.transformers import calibrate_model, prune_inputs, script_pruning
 from script_kernels.transformers.encode import encode
+from script_kernels.transformers.grids import _packed
+from script_kernels.transformers.layouts import plain
 from script_kernels.transformers.select import watched
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -86,6 +88,15 @@ def test_a_method_is_told_the_grids_of_each_unit(family, shown, per, grids):
     for facts, length in zip(choice.facts, choice.lengths, strict=True):
         assert facts["above"].shape == (1, length)
         assert facts["grids"] is None or sum(rows * columns for rows, columns in facts["grids"]) == length
+
+
+def test_newlines_that_end_no_line_leave_the_grid_unknown():
+    visual = plain("image", torch.randn(10, 4), torch.ones(10, dtype=torch.long))
+    visual.newline[[4, 9]] = True
+    (grid,) = _packed(visual, [])
+    assert (grid.shape, len(grid.rows)) == (None, 8)
+    visual.line[:5], visual.line[5:] = 0, 1
+    assert [grid.shape for grid in _packed(visual, [])] == [(2, 4)]
 
 
 def test_a_method_that_asks_for_nothing_is_told_nothing():

@@ -125,7 +125,7 @@ def _packed(visual: Visual, sizes: list[tuple[int, int]]) -> Iterator[Grid]:
         yield _grid("the whole picture", base, [(side, side), *sizes], "whole")
     if len(crops):
         lines = int(visual.line[crops].max()) + 1
-        yield _grid("its tiles", crops, [(lines, len(crops) // lines)], "whole")
+        yield _grid("its tiles", crops, [(lines, len(crops) // lines)] if lines else [], "whole")
 
 
 def _frames(visual: Visual, content: Tensor, sizes: list[tuple[int, int]]) -> Iterator[Grid]:

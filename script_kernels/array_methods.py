@@ -12,19 +12,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import arrays
+from . import array_focus, arrays
+from .array_focus import good_rows, unit
 from .numpy import gsp as graph_pruning
 from .numpy import mask_intersect, max_min, qcsp
 from .numpy import mmr as marginal_relevance
 from .options import (
     COMBINE,
+    Grids,
     GspOptions,
     PruneOptions,
+    check_grids,
     check_split,
     checker_order,
     count,
     number,
     rounds_needed,
+    share_given,
     survivors_of,
     union_share,
 )
@@ -43,22 +47,6 @@ def check(tokens: Array, relevance: Array | None, keep: int) -> tuple[Array, Arr
 
 def ones(tokens: Array) -> Array:
     return np.ones(tokens.shape[:2], np.float32)
-
-
-def good_rows(tokens: Array) -> tuple[Array, Array]:
-    """(B, N) bool, rows without a NaN or an Inf, and the tokens in float32 with zeros for the others."""
-    x = tokens.astype(np.float32)
-    good: Array = np.asarray(np.isfinite(x).all(-1))
-    return good, np.where(good[..., None], x, np.float32(0))
-
-
-def unit(tokens: Array) -> Array:
-    """Rows over their norms in float32; zero rows, and rows with a NaN or an Inf, become zeros."""
-    x = good_rows(tokens)[1]
-    largest = np.abs(x).max(-1, keepdims=True)
-    x = x / np.where(largest > 0, largest, np.float32(1))  # squares of the largest float32 would overflow
-    norm = np.sqrt((x * x).sum(-1, keepdims=True))
-    return np.asarray(x / np.where(norm > 0, norm, np.float32(1)))
 
 
 def top(score: Array, keep: int) -> Array:
@@ -165,6 +153,46 @@ def _joined(
     return np.take_along_axis(where, ranking(own, keep, ridge, threads), 1)
 
 
+def focus(
+    tokens: Array,
+    relevance: Array | None,
+    keep: int,
+    *,
+    least: float = 0.5,
+    most: float = 0.625,
+    typical: float = 0.125,
+    near: int = 2,
+    negate: bool = False,
+    floor: float = 0.3,
+    survivors: float = 2.0,
+    above: Array | None = None,
+    grids: Grids | None = None,
+    threads: int = 1,
+) -> Array:
+    """A share where the question points, typical tokens, and the rest by `script`; see `script_kernels.methods`."""
+    n = tokens.shape[1]
+    whole = share_given(keep / n, least, most, typical, near)
+    if grids is not None:
+        check_grids(grids, n)
+    above = relevance if above is None else arrays.relevance(above, tokens, "above")
+    survivors, restrict = number(survivors, "survivors", 1.0), PruneOptions(combine="restrict")
+    if above is None or relevance is None or grids is None or whole == 0.0:
+        kernel = weighted(tokens, relevance, 1.0, 1.0, floor, negate)
+        return np.sort(_joined(tokens, kernel, keep, restrict, survivors, 0.0, threads), 1)
+    above = np.float32(1) - above if negate else above
+    taken = array_focus.shares(tokens, above, keep, (least, most, typical), near, whole, grids)
+    # What is taken is like nothing, so that GSP leaves it alone, and comes last in QCSP's order.
+    rest = tokens.copy()
+    rest[taken] = 0
+    kernel = weighted(rest, np.where(taken, np.float32(np.nan), relevance), 1.0, 1.0, floor, negate)
+    survivors -= (survivors - 1) * (most + typical) * whole
+    order = _joined(rest, kernel, keep, restrict, survivors, 0.0, threads)
+    own = ~np.take_along_axis(taken, order, 1)
+    picks = own & (own.cumsum(1) <= keep - taken.sum(1, keepdims=True))
+    np.put_along_axis(taken, order, picks | ~own, 1)
+    return taken.nonzero()[1].reshape(-1, keep)
+
+
 def cdpruner(
     tokens: Array,
     relevance: Array | None,
@@ -261,6 +289,7 @@ def random(tokens: Array, relevance: Array | None, keep: int, *, seed: int = 0, 
 
 METHODS: dict[str, Method] = {
     "script": script,
+    "focus": focus,
     "cdpruner": cdpruner,
     "dpp": dpp,
     "resprune": resprune,
@@ -272,7 +301,7 @@ METHODS: dict[str, Method] = {
     "stride": stride,
     "random": random,
 }
-ELSEWHERE = ("focus", "tome_drop", "dart", "released_script")  # in `script_kernels.methods`, which needs PyTorch
+ELSEWHERE = ("tome_drop", "dart", "released_script")  # in `script_kernels.methods`, which needs PyTorch
 
 
 def select(

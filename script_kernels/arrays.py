@@ -63,11 +63,11 @@ def real(value: Any) -> Any:
     return float(value) if isinstance(value, np.floating) else whole(value)
 
 
-def relevance(relevance: Array, tokens: Array) -> Array:
+def relevance(relevance: Array, tokens: Array, name: str = "relevance") -> Array:
     """A relevance for each of the tokens."""
-    relevance = array(relevance, "relevance", np.float32)
+    relevance = array(relevance, name, np.float32)
     if relevance.shape != tokens.shape[:2]:
-        raise ValueError(f"relevance: expected shape {tokens.shape[:2]}, got {relevance.shape}")
+        raise ValueError(f"{name}: expected shape {tokens.shape[:2]}, got {relevance.shape}")
     return relevance
 
 

@@ -481,8 +481,8 @@ def select(
         tokens: (B, N, D).
         relevance: (B, N) float32, or None.
         keep: 1 <= keep <= N.
-        method: script, cdpruner, dpp, resprune, otprune, divprune, mmr, relevance, gsp, stride, random, or a callable
-            `(tokens, relevance, keep, **options) -> (B, keep)` integers, whose result is checked.
+        method: script, focus, cdpruner, dpp, resprune, otprune, divprune, mmr, relevance, gsp, stride, random, or a
+            callable `(tokens, relevance, keep, **options) -> (B, keep)` integers, whose result is checked.
         threads: how many threads a method of these may use, >= 1; a callable is not told.
         options: handed on to the method.
 

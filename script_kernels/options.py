@@ -18,6 +18,12 @@ Grids = Sequence[tuple[int, int]]  # rows and columns of what tokens fill line b
 MOST_POWER = 64  # of a relevance: a larger one would leave nothing but the largest
 # A round is a matching of all that is left. A hundred of them get to one token in a hundred; more would only be time.
 MOST_ROUNDS = 100
+# The method "focus": of the softmax over cosines (the patches of one thing are each other's like, and little else is);
+# of all tokens, up to the first of which "script" alone chooses, and from the second on shares are whole; of a spread
+# relevance's median within its range, up to the first of which it points at something, and from the second on nowhere.
+WARMTH = 0.05
+FEW, FULL = 1 / 18, 1 / 9
+CLEAR, VAGUE = 0.125, 0.25
 FEWEST = 16  # GSP stops at one token in so many, which takes it some 15 rounds; one in 500 would take 200
 # No dimension of any argument is larger. Positions and counts are then exact in int32 and float32, and a view of stride
 # 0, which may claim any size without having it, cannot ask for work without end.
@@ -278,6 +284,16 @@ class ImageOptions(PruneOptions):
         token anyway. Else 0."""
         columns = self.grid_width if self.split == "checker" else None
         return 0 if columns is None or columns % 2 else columns
+
+
+def share_given(kept: float, least: float, most: float, typical: float, near: int) -> float:
+    """How much of the shares of "focus" a budget of so many of all tokens is given; raises unless they are shares."""
+    for value, name in ((least, "least"), (most, "most"), (typical, "typical")):
+        check_share(value, name)
+    if not least <= most <= 1 - typical:
+        raise ValueError(f"most: expected least <= most <= 1 - typical, got {least}, {most} and {typical}")
+    count(near, "near", 0)
+    return min(max((kept - FEW) / (FULL - FEW), 0.0), 1.0)
 
 
 def checker_order(place: Any, grid_width: int) -> Any:

@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "triton": {"options"},
     "arrays": {"options"},
     "numpy": {"_core", "arrays", "options", "array_methods!"},
-    "array_methods": {"arrays", "numpy", "options"},
+    "array_methods": {"array_focus", "arrays", "numpy", "options"},
+    "array_focus": {"arrays", "numpy", "options"},
     "methods": {"", "checks", "options", "reference!"},
     "calibrate": {"options"},
     "selection": {"page!"},
@@ -47,6 +48,7 @@ LOADS = {
     "arrays": {"numpy"},
     "numpy": {"numpy"},
     "array_methods": {"numpy"},
+    "array_focus": {"numpy"},
     "selection": {"numpy"},
     "page": {"numpy"},
 }

@@ -12,7 +12,7 @@ import torch
 from test_methods import greedy_holds
 
 import script_kernels.numpy as script_numpy
-from script_kernels import array_methods, methods
+from script_kernels import array_focus, array_methods, methods, testing
 
 B, N, D, K = 2, 60, 24, 13
 # Every option whose rows and relevance reach the core with the same bits, so that it gives the same ones. What goes
@@ -69,6 +69,73 @@ def test_a_method_gives_the_indices_of_its_namesake(method, options, dtype):
             expected = by_torch(tokens, r, keep, method=method, **options)
             assert kept.dtype == np.int64
             assert kept.tobytes() == expected.tobytes()
+
+
+GRIDS = ([(12, 5)], [(3, 8), (6, 6)], [(1, 1), (59, 1)], [(5, 4)] * 3)
+
+
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_focus_chooses_as_its_namesake(kind):
+    """Its sums are NumPy's own, so that only tokens whose scores are clearly apart are chosen alike: as here."""
+    differ = 0
+    for seed, grids in enumerate(GRIDS):
+        tokens = testing.make_tokens(kind, B, N, D, seed=seed).numpy()
+        relevance, above = (testing.make_relevance(B, N, seed=seed + n).numpy() ** 4 for n in (0, 9))
+        for keep, told in ((2, {}), (5, {}), (K, {}), (K, {"near": 7}), (K, {"negate": True}), (N // 2, {"most": 0.8})):
+            told = {"grids": grids, "above": above, **told}
+            kept = script_numpy.select(tokens, relevance, keep, method="focus", threads=2, **told)
+            told["above"] = torch.from_numpy(above)
+            assert kept.tolist() == by_torch(tokens, relevance, keep, method="focus", **told).tolist()
+            differ += kept.tolist() != script_numpy.select(tokens, relevance, keep, method="focus").tolist()
+        tokens[:, 5:30, 2] = np.nan  # what is bad spreads nothing
+        kept = script_numpy.select(tokens, relevance, K, method="focus", grids=grids)
+        assert kept.tolist() == by_torch(tokens, relevance, K, method="focus", grids=grids).tolist()
+        tokens = np.nan_to_num(tokens)
+        for none in ({"grids": None}, {"grids": grids}):
+            how = {"combine": "restrict", "survivors": 2.0, "floor": 0.3}
+            kept = script_numpy.select(tokens, None, K, method="focus", **none)
+            assert kept.tolist() == script_numpy.select(tokens, None, K, **how).tolist()
+    assert differ
+
+
+def test_focus_keeps_so_many_of_whatever_comes_in(monkeypatch):
+    tokens, relevance = example()
+    tokens[0, :50, 3], relevance[1, 5] = np.nan, np.inf
+    tokens[1] = np.nan
+    for keep in (1, K, N - 1, N):
+        kept = script_numpy.select(tokens, relevance, keep, method="focus", grids=[(6, 10)])
+        assert kept.shape == (B, keep)
+        assert (np.diff(kept, axis=1) > 0).all()
+    assert script_numpy.select(tokens[:0], relevance[:0], K, method="focus", grids=[(6, 10)]).shape == (0, K)
+    tokens, relevance = example(1)
+    whole = script_numpy.select(tokens, relevance, K, method="focus", grids=[(6, 10)])
+    monkeypatch.setattr(array_focus, "MOST", 7 * N)
+    assert (script_numpy.select(tokens, relevance, K, method="focus", grids=[(6, 10)]) == whole).all()
+    for bad, message in (
+        ({"grids": [(6, 9)]}, "grids: expected N = 60 tokens in them, got 54"),
+        ({"above": relevance[:, 1:]}, r"above: expected shape \(2, 60\), got \(2, 59\)"),
+        ({"near": -1}, "near: expected near >= 0, got -1"),
+        ({"most": 0.9}, "most: expected least <= most <= 1 - typical"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script_numpy.select(tokens, relevance, K, method="focus", **bad)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max", "above"])
+@pytest.mark.parametrize("negate", [False, True])
+def test_relevance_is_that_of_the_methods(reduce, negate):
+    tokens, _ = example()
+    tokens[0, 3, 1] = np.nan
+    query = np.random.default_rng(5).standard_normal((1, 7, D)).astype(np.float32)
+    mask = np.array([[True, True, False, True, True, True, False]])
+    for q, m in ((query, None), (query, mask), (query[:, :1], None), (np.full_like(query, np.nan), None)):
+        found = array_focus.relevance_of(tokens, q, m, reduce=reduce, negate=negate)
+        given = [torch.from_numpy(x) if x is not None else None for x in (tokens, q, m)]
+        expected = methods.relevance_of(*given, reduce=reduce, negate=negate)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="reduce: expected"):
+        array_focus.relevance_of(tokens, query, reduce="sum")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from script_kernels import methods
-from script_kernels.methods.focus import FEW, FULL, WARMTH
+from script_kernels.options import FEW, FULL, WARMTH
 
 from .evaluate import Setting
 from .fourth import HALF, surroundings

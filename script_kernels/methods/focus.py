@@ -18,14 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..options import Grids, check_grids, check_share, count, number
+from ..options import CLEAR, VAGUE, WARMTH, Grids, check_grids, number, share_given
 from ._common import blank, check, finite, unit
 from .dpp import Stages, script_stages
 
-WARMTH = 0.05  # of the softmax over cosines: the patches of one thing are each other's like, and little else is
-FEW, FULL = 1 / 18, 1 / 9  # of all tokens: up to the first `script` alone chooses, from the second on shares are whole
-# Of a spread relevance's median within its range: up to the first it points at something, from the second on nowhere.
-CLEAR, VAGUE = 0.125, 0.25
 MOST = 2**24  # similarities at a time
 
 
@@ -92,18 +88,13 @@ def focus_stages(
     """`focus` with what its stages found: GSP and QCSP of what the two shares left. `done`: as for `script_stages`."""
     check(tokens, relevance, keep)
     n = tokens.shape[1]
-    for value, name in ((least, "least"), (most, "most"), (typical, "typical")):
-        check_share(value, name)
-    if not least <= most <= 1 - typical:
-        raise ValueError(f"most: expected least <= most <= 1 - typical, got {least}, {most} and {typical}")
-    count(near, "near", 0)
+    whole = share_given(keep / n, least, most, typical, near)
     if grids is not None:
         check_grids(grids, n)
     if above is not None:
         checks.by_token(above, "above", tokens)
     number(survivors, "survivors", 1.0)
     how: dict[str, Any] = {"floor": floor, "combine": "restrict", "negate": negate, "done": done}
-    whole = min(max((keep / n - FEW) / (FULL - FEW), 0.0), 1.0)
     if relevance is None or grids is None or whole == 0.0:
         return script_stages(tokens, relevance, keep, survivors=survivors, **how)
     # As many as the shares may take, and `survivors` times the rest.

@@ -70,7 +70,8 @@ def pruned(family: str, folder: Path) -> dict[str, Any]:
     engines.forget(engine, answers=False, encoded=True)
     told["straddled"][1] = {"answers": ask(pair[1:]), **watch.seen()}
 
-    for name, request in (("unasked", {}), ("asked", {"script_query": "text"})):
+    # By "script": the tiny models' relevance points nowhere, and what "focus" then leaves to the question is little.
+    for name, request in (("unasked", {}), ("asked", {"script_query": "text", "script_method": "script"})):
         turns = [fresh(pair[:1], **request)]
         for question in (pair[1:], pair[:1]):
             cached = ask(question, **request)
@@ -95,7 +96,9 @@ def pruned(family: str, folder: Path) -> dict[str, Any]:
     told["wrong"] = engines.reference(folder, family, prompts, **budget, gsp_drop=0.49)
     told["whole"] = engines.reference(folder, family, prompts)
     told["want_unasked"] = engines.reference(folder, family, pair, **budget)
-    told["want_asked"] = engines.reference(folder, family, pair, keep_ratio=RATIO, query="text", chat=True)
+    told["want_asked"] = engines.reference(
+        folder, family, pair, keep_ratio=RATIO, query="text", method="script", chat=True
+    )
     return told
 
 

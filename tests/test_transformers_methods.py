@@ -86,8 +86,23 @@ def test_a_method_is_told_the_grids_of_each_unit(family, shown, per, grids):
     places = torch.cat([g.rows for g in choice.visuals[0].grids])
     assert torch.equal(places, (~choice.visuals[0].newline).nonzero()[:, 0]), "every row but newlines, in their order"
     for facts, length in zip(choice.facts, choice.lengths, strict=True):
+        if facts["grids"] is None:
+            assert facts["above"] is None, "nothing would be chosen by it"
+            continue
         assert facts["above"].shape == (1, length)
-        assert facts["grids"] is None or sum(rows * columns for rows, columns in facts["grids"]) == length
+        assert sum(rows * columns for rows, columns in facts["grids"]) == length
+
+
+@pytest.mark.parametrize("method", [3, "divprun", ["script"]])
+def test_a_method_that_is_none_is_refused_before_any_work(method, monkeypatch):
+    model, inputs = example("llava")
+
+    def work(*_, **__):
+        raise AssertionError("the encoder has run")
+
+    monkeypatch.setattr(model.model, "get_image_features", work)
+    with pytest.raises((TypeError, ValueError), match="method: expected a"):
+        prune_inputs(model, inputs, 3, method=method)
 
 
 def test_newlines_that_end_no_line_leave_the_grid_unknown():

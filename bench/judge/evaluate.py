@@ -5,7 +5,8 @@
 
 The splits "second" and "third" (the validation split again) and "test2" (other scenes of the test's pictures) are the
 second round's: see second.py. "fourth" (other scenes of the validation's pictures) and "test3" are the fourth's: see
-fourth.py; "fifth" and "test4", likewise, the fifth's: see fifth.py; "sixth" and "test6" the sixth's: see sixth.py.
+fourth.py; "fifth" and "test4", likewise, the fifth's: see fifth.py; "sixth", "test6" and "test7" the
+sixth's: see sixth.py.
 
 Per setting, keep and question: whether the answer is right, whether it is the unpruned one, the Kullback-Leibler
 divergence of the first answer's distribution from the unpruned one, and the share of the evidence that was kept. All of

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .evaluate import CHOOSE, RESULTS, TOKENS, Setting, settings
+from .evaluate import CHOOSE, GENERATORS, RESULTS, TOKENS, Setting, settings
 
 PLOT = pathlib.Path(__file__).parents[2] / "docs" / "judge.png"
 FAMILIES = ("cdpruner", "script", "resprune", "mmr", "relevance")
@@ -173,20 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.judge report", description="Table of a test split, and the first one's plot."
     )
-    splits = (
-        "test",
-        "second",
-        "test2",
-        "third",
-        "fourth",
-        "test3",
-        "fifth",
-        "test4",
-        "test5",
-        "sixth",
-        "test6",
-        "test7",
-    )
+    splits = tuple(split for split in GENERATORS if split != "val")
     parser.add_argument("--split", choices=splits, default="test")
     split = parser.parse_args(argv).split
     if split == "test":

@@ -38,7 +38,7 @@ class TokenSource {
 
   int64_t row_work() const { return tokens_.width(); }
 
-  // No more than the entry of two positions; where rows are long, less by some 1e-5 of the most that it could be. It
+  // No more than the entry of two positions; where rows are long, less by some 5e-5 of the most that it could be. It
   // takes their product alone, not a panel's.
   float entry_at_least(int32_t p, int32_t q) const {
     Scratch scratch;

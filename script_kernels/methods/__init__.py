@@ -79,12 +79,16 @@ def facts_of(method: str | Method) -> tuple[str, ...]:
     return tuple(n for n, _ in _keywords(get(method)) if n in FACTS) if isinstance(method, str) else ()
 
 
-def options_of(method: str | Method) -> dict[str, Any]:
+def options_of(method: str | Method | None) -> dict[str, Any]:
     """Names and defaults of the options of a method of the package, and `negate`, which is the relevance's.
+
+    None: those of "script" and of "focus", which a method left open stands for.
 
     Raises:
         ValueError, TypeError: what `get` raises.
     """
+    if method is None:
+        return {**options_of("script"), **options_of("focus")}
     chosen = get(method)
     own = {n: p.default for n, p in _keywords(chosen) if n not in FACTS}
     # These two hand theirs on to the ops.

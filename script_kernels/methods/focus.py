@@ -81,8 +81,8 @@ def focus_stages(
     negate: bool,
     floor: float,
     survivors: float,
-    above: Tensor | None,
-    grids: Grids | None,
+    above: Tensor | None = None,
+    grids: Grids | None = None,
     done: Callable[[str], None] = lambda stage: None,
 ) -> Stages:
     """`focus` with what its stages found: GSP and QCSP of what the two shares left. `done`: as for `script_stages`."""

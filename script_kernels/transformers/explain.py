@@ -133,7 +133,7 @@ def _explained(choice: Choice, device: torch.device, spent: dict[str, float]) ->
                 keep,
                 done=lambda name: marks.append((name, mark(device))),
                 **options,
-                **(facts or dict.fromkeys(methods.facts_of(str(budget.method)))),
+                **facts,
             )
             order, gains = stages.order[0], stages.gains[0]
             places = torch.arange(len(order), device=order.device)

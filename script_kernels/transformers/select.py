@@ -57,10 +57,10 @@ class Budget:
             raise ValueError(f"newlines: expected 'drop' or 'lines', got {self.newlines!r}")
         if self.reduce is not None:
             check_name(self.reduce, "reduce", REDUCE_BY_METHODS)
+        if self.method is not None:
+            methods.get(self.method)
         if self.method is None or isinstance(self.method, str):
-            # What is left open is "focus" or "script", which has all the options of both but a few.
-            names = ("script", "focus") if self.method is None else (self.method,)
-            known = list(dict.fromkeys(option for name in names for option in methods.options_of(name)))
+            known = list(methods.options_of(self.method))
             unknown = sorted(set(self.options) - set(known))
             if unknown:
                 raise TypeError(f"options: expected some of {', '.join(known)}, got {', '.join(unknown)}")
@@ -244,12 +244,12 @@ def _facts(
     for unit, end in zip(tokens.split(lengths), accumulate(lengths), strict=True):
         begin = end - len(unit)
         known: dict[str, Any] = dict.fromkeys(asked)
-        if "above" in asked:
-            how = {"reduce": "above", "negate": budget.options.get("negate", False)}
-            known["above"] = methods.relevance_of(unit[None], query, **how)
-        if "grids" in asked and begin in edge and end in edge and torch.equal(order[begin:end], rows[begin:end]):
+        if begin in edge and end in edge and torch.equal(order[begin:end], rows[begin:end]):
             shapes = [part.shape for part in parts[edge.index(begin) : edge.index(end)]]
             known["grids"] = shapes if all(shapes) else None
+        if known["grids"] is not None:  # without, nothing is chosen by it
+            how = {"reduce": "above", "negate": budget.options.get("negate", False)}
+            known["above"] = methods.relevance_of(unit[None], query, **how)
         found.append(known)
     return found
 

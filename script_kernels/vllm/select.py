@@ -94,11 +94,9 @@ def _by_method(rows: Tensor, words: Tensor | None, keep: int, grids: Grids | Non
     relevance = None
     if words is not None:
         relevance = methods.relevance_of(rows[None], words[None], reduce=rule.reduce, negate=negate)
-        asked = methods.facts_of(rule.method)
-        if "above" in asked:
-            options["above"] = methods.relevance_of(rows[None], words[None], reduce="above", negate=negate)
-        if "grids" in asked:
-            options["grids"] = grids
+        if grids is not None and methods.facts_of(rule.method):  # without a grid nothing is chosen by the other
+            above = methods.relevance_of(rows[None], words[None], reduce="above", negate=negate)
+            options |= {"above": above, "grids": grids}
     return methods.select(rows[None], relevance, keep, method=rule.method, **options)[0]
 
 

@@ -35,16 +35,11 @@ def without_settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def defaults_of(method: str) -> Mapping[str, Any]:
-    """The options that a method takes, with their defaults."""
+def defaults_of(method: str | None) -> Mapping[str, Any]:
+    """The options that a method takes, with their defaults; None: of either that it stands for."""
     from .. import methods
 
     return methods.options_of(method)
-
-
-def options_of(method: str | None) -> Mapping[str, Any]:
-    """The options that may be given with a method; with None, those of either that it stands for."""
-    return {**defaults_of("script"), **defaults_of("focus")} if method is None else defaults_of(method)
 
 
 @dataclass(frozen=True)
@@ -150,7 +145,7 @@ class Settings:
         known = method_names()
         if self.method is not None and self.method not in known:
             raise ValueError(f"script_method: expected one of {', '.join(known)}, got {self.method!r}")
-        taken = options_of(self.method)
+        taken = defaults_of(self.method)
         unknown = sorted(set(self.options) - set(taken))
         if unknown:
             names = ", ".join(PREFIX + name for name in (*OWN, *taken))
@@ -270,7 +265,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     others too.
     """
     method = environment.get("SCRIPT_METHOD")
-    options = options_of(method) if method is None or method in method_names() else ()
+    options = defaults_of(method) if method is None or method in method_names() else ()
     given: dict[str, Any] = {}
     for name in (*OWN, *options):
         text = environment.get((PREFIX + name).upper())
